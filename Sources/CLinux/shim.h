@@ -1,0 +1,6 @@
+#pragma once
+#include <sys/types.h>
+
+// Declared by <fcntl.h> only under _GNU_SOURCE, which Swift's Glibc module does not set.
+int sync_file_range(int fd, off_t offset, off_t count, unsigned int flags);
+static const unsigned int smelt_sync_file_range_write = 2; // SYNC_FILE_RANGE_WRITE

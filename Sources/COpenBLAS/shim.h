@@ -1,0 +1,7 @@
+#pragma once
+#include <cblas.h>
+
+// Debian's OpenBLAS carries LAPACK but not LAPACKE: these are the Fortran
+// routines that Smelt calls, as the LAPACK manual declares them.
+void dposv_(const char *uplo, const int *n, const int *nrhs, double *a,
+            const int *lda, double *b, const int *ldb, int *info);

@@ -1,0 +1,22 @@
+/// Memory that a worker allocates once and fills again and again.
+///
+/// Fresh memory is expensive (every page is zeroed by the kernel), so workers keep theirs.
+public struct Buffer: ~Copyable, @unchecked Sendable {
+  private let storage: UnsafeMutableRawBufferPointer
+
+  public init(byteCount: Int) {
+    storage = .allocate(byteCount: byteCount, alignment: 64)
+  }
+
+  deinit { storage.deallocate() }
+
+  public var byteCount: Int { storage.count }
+
+  /// The first `count` bytes, to be filled.
+  @_lifetime(&self)
+  public mutating func first(_ count: Int) -> MutableRawSpan {
+    let bytes = UnsafeMutableRawBufferPointer(rebasing: storage[..<count])
+    // Sound: the span borrows the buffer exclusively, and the buffer owns the memory.
+    return _overrideLifetime(MutableRawSpan(_unsafeBytes: bytes), mutating: &self)
+  }
+}

@@ -1,0 +1,104 @@
+/// Tensors that can be read, in any order and from several threads.
+public protocol TensorSource: Sendable {
+  /// The file or folder the tensors are in, as the user named it.
+  var path: String { get }
+  var manifest: Manifest { get }
+
+  /// Fills `buffer` with the tensor's bytes from byte `offset` on.
+  ///
+  /// The bytes are the tensor's own: row-major, little-endian, whatever the file's coding.
+  /// - Precondition: `tensor` is in `manifest` and the range lies within it.
+  func read(_ tensor: TensorInfo, at offset: Int, into buffer: inout MutableRawSpan)
+    throws(CheckpointError)
+}
+
+extension TensorSource {
+  /// The tensor of this name, or an error that says it is missing.
+  public func tensor(_ name: String) throws(CheckpointError) -> TensorInfo {
+    guard let tensor = manifest[name] else {
+      throw CheckpointError(file: path, tensor: name, "is missing")
+    }
+    return tensor
+  }
+
+  /// A whole tensor as `Float`, for the small ones that are needed at once.
+  public func floats(of name: String) throws -> [Float] {
+    let tensor = try tensor(name)
+    guard tensor.dtype.isArithmetic else {
+      throw CheckpointError(
+        file: path, tensor: name, "is \(tensor.dtype.rawValue), not a floating-point type")
+    }
+    let bytes = try self.bytes(of: tensor)
+    var values = [Float](repeating: 0, count: tensor.elementCount)
+    var span = values.mutableSpan
+    tensor.dtype.decode(bytes.span.bytes, into: &span)
+    return values
+  }
+
+  /// A whole tensor as it is stored, for the small ones that are needed at once.
+  public func bytes(of tensor: TensorInfo) throws -> [UInt8] {
+    var bytes = [UInt8](repeating: 0, count: tensor.byteCount)
+    var span = bytes.mutableSpan
+    var raw = span.mutableBytes
+    try read(tensor, at: 0, into: &raw)
+    return bytes
+  }
+}
+
+/// Where tensors are written: in any order, in pieces, from several threads.
+///
+/// Nothing appears at the destination before `finish()`; a sink that is dropped leaves nothing.
+public protocol TensorSink: Sendable {
+  /// The tensors that will be written, fixed when the sink was made.
+  var manifest: Manifest { get }
+
+  /// Writes some of the tensor's bytes, from byte `offset` on. Each byte is written once.
+  func write(_ bytes: RawSpan, of tensor: TensorInfo, at offset: Int) throws(CheckpointError)
+
+  /// Makes the whole durable and moves it to its place.
+  func finish() throws(CheckpointError)
+}
+
+/// A way to keep tensors in files.
+public protocol CheckpointFormat: SendableMetatype {
+  /// The format's name as people write it.
+  static var name: String { get }
+  /// How its file names end, without the leading dot.
+  static var fileExtensions: [String] { get }
+  /// Whether a file that begins with these bytes (up to 16) is of this format.
+  static func recognises(_ beginning: [UInt8]) -> Bool
+  static func open(_ path: String) throws(CheckpointError) -> any TensorSource
+  static func create(_ path: String, _ manifest: Manifest) throws(CheckpointError)
+    -> any TensorSink
+}
+
+/// The checkpoint formats that Smelt knows. A new one is a file and a line here.
+public enum Checkpoint {
+  public static let formats: [any CheckpointFormat.Type] = [
+    Safetensors.self
+  ]
+
+  /// Opens a checkpoint; its first bytes, not its name, say what it is.
+  ///
+  /// safetensors has no magic number, so whatever is nothing else is opened as safetensors,
+  /// whose reader knows what the usual confusions look like and says so.
+  public static func open(_ path: String) throws(CheckpointError) -> any TensorSource {
+    let beginning = try File(reading: path).beginning(16)
+    let format = formats.first { $0.recognises(beginning) } ?? Safetensors.self
+    return try format.open(path)
+  }
+
+  /// Begins a checkpoint; the name's ending says which format it will be.
+  public static func create(_ path: String, _ manifest: Manifest) throws(CheckpointError)
+    -> any TensorSink
+  {
+    for format in formats
+    where format.fileExtensions.contains(where: { path.lowercased().hasSuffix("." + $0) }) {
+      return try format.create(path, manifest)
+    }
+    let endings = formats.flatMap { $0.fileExtensions }.map { "." + $0 }
+    throw CheckpointError(
+      file: path, "has no ending that names a format",
+      remedy: "end it in one of \(endings.joined(separator: ", "))")
+  }
+}

@@ -1,0 +1,48 @@
+extension TensorSource {
+  /// Writes every tensor of `sink` from the tensor of the same name here, byte for byte.
+  ///
+  /// Memory is `workers` pieces of 4 MiB, whatever the tensors' sizes.
+  public func copy(into sink: any TensorSink, workers: Int = 2) throws {
+    let tensors = sink.manifest.tensors
+    let pieces = Pieces(of: tensors, size: 4 << 20)
+    try forEachStep(count: pieces.count, workers: workers) {
+      Buffer(byteCount: pieces.largest)
+    } body: { step, buffer in
+      let (tensor, range) = pieces[step]
+      var piece = buffer.first(range.count)
+      try read(self.tensor(tensor.name), at: range.lowerBound, into: &piece)
+      try sink.write(piece.bytes, of: tensor, at: range.lowerBound)
+    }
+  }
+}
+
+/// Tensors cut into pieces of at most `size` bytes, in order.
+struct Pieces: Sendable {
+  private let tensors: [TensorInfo]
+  private let size: Int
+  /// The number of the first piece of each tensor, and at the end of all.
+  private var starts = [0]
+
+  init(of tensors: [TensorInfo], size: Int) {
+    self.tensors = tensors
+    self.size = size
+    for tensor in tensors {
+      starts.append(starts.last! + (tensor.byteCount + size - 1) / size)
+    }
+  }
+
+  var count: Int { starts.last! }
+  var largest: Int { min(size, tensors.map { $0.byteCount }.max() ?? 0) }
+
+  subscript(piece: Int) -> (tensor: TensorInfo, range: Range<Int>) {
+    // The last tensor that starts at or before the piece; empty tensors have no piece.
+    var low = 0
+    var high = tensors.count
+    while high - low > 1 {
+      let middle = (low + high) / 2
+      if starts[middle] <= piece { low = middle } else { high = middle }
+    }
+    let begin = (piece - starts[low]) * size
+    return (tensors[low], begin..<min(begin + size, tensors[low].byteCount))
+  }
+}

@@ -1,0 +1,157 @@
+/// The element type of a tensor: the 22 types of the safetensors format, under its names.
+public enum DType: String, CaseIterable, Sendable {
+  case bool = "BOOL"
+  case f4 = "F4"
+  case f6E2M3 = "F6_E2M3"
+  case f6E3M2 = "F6_E3M2"
+  case u8 = "U8"
+  case i8 = "I8"
+  case f8E5M2 = "F8_E5M2"
+  case f8E4M3 = "F8_E4M3"
+  case f8E8M0 = "F8_E8M0"
+  case f8E4M3FNUZ = "F8_E4M3FNUZ"
+  case f8E5M2FNUZ = "F8_E5M2FNUZ"
+  case i16 = "I16"
+  case u16 = "U16"
+  case f16 = "F16"
+  case bf16 = "BF16"
+  case i32 = "I32"
+  case u32 = "U32"
+  case f32 = "F32"
+  case c64 = "C64"
+  case f64 = "F64"
+  case i64 = "I64"
+  case u64 = "U64"
+
+  /// Bits of one element; 4 and 6 for the types that are packed below a byte.
+  public var bitWidth: Int {
+    switch self {
+    case .f4: 4
+    case .f6E2M3, .f6E3M2: 6
+    case .bool, .u8, .i8, .f8E5M2, .f8E4M3, .f8E8M0, .f8E4M3FNUZ, .f8E5M2FNUZ: 8
+    case .i16, .u16, .f16, .bf16: 16
+    case .i32, .u32, .f32: 32
+    case .c64, .f64, .i64, .u64: 64
+    }
+  }
+
+  /// Whether Smelt computes with this type: the floating-point types of 16 bits and more.
+  ///
+  /// Everything else is copied bit for bit. (Eight-bit floats come with scales in other
+  /// tensors, so their values alone mean nothing.)
+  public var isArithmetic: Bool {
+    switch self {
+    case .bf16, .f16, .f32, .f64: true
+    default: false
+    }
+  }
+}
+
+// MARK: - To and from Float
+
+extension DType {
+  /// Decodes little-endian elements to `Float`, as many as `values` holds.
+  ///
+  /// BF16, F16 and F32 convert exactly; F64 is rounded to nearest even.
+  /// - Precondition: `isArithmetic`, and `bytes` holds at least `values.count` elements.
+  public func decode(_ bytes: RawSpan, into values: inout MutableSpan<Float>) {
+    let count = values.count
+    precondition(bytes.byteCount >= count * bitWidth / 8)
+    // Pointers, because the loads may be misaligned: a file promises no alignment.
+    bytes.withUnsafeBytes { source in
+      values.withUnsafeMutableBufferPointer { target in
+        switch self {
+        case .bf16:
+          for i in 0..<count {
+            let bits = source.loadUnaligned(fromByteOffset: 2 * i, as: UInt16.self)
+            target[i] = Float(bitPattern: UInt32(bits) << 16)
+          }
+        case .f16:
+          for i in 0..<count {
+            target[i] = floatFromHalf(
+              source.loadUnaligned(fromByteOffset: 2 * i, as: UInt16.self))
+          }
+        case .f32:
+          for i in 0..<count {
+            target[i] = source.loadUnaligned(fromByteOffset: 4 * i, as: Float.self)
+          }
+        case .f64:
+          for i in 0..<count {
+            target[i] = Float(source.loadUnaligned(fromByteOffset: 8 * i, as: Double.self))
+          }
+        default: preconditionFailure("\(rawValue) has no arithmetic")
+        }
+      }
+    }
+  }
+
+  /// Encodes `values` as little-endian elements, rounding to nearest even.
+  /// - Precondition: `isArithmetic`, and `bytes` has room for `values.count` elements.
+  public func encode(_ values: Span<Float>, into bytes: inout MutableRawSpan) {
+    let count = values.count
+    precondition(bytes.byteCount >= count * bitWidth / 8)
+    bytes.withUnsafeMutableBytes { target in
+      values.withUnsafeBufferPointer { source in
+        switch self {
+        case .bf16:
+          for i in 0..<count {
+            target.storeBytes(
+              of: bfloat16FromFloat(source[i]), toByteOffset: 2 * i, as: UInt16.self)
+          }
+        case .f16:
+          for i in 0..<count {
+            target.storeBytes(
+              of: halfFromFloat(source[i]), toByteOffset: 2 * i, as: UInt16.self)
+          }
+        case .f32:
+          for i in 0..<count {
+            target.storeBytes(of: source[i], toByteOffset: 4 * i, as: Float.self)
+          }
+        case .f64:
+          for i in 0..<count {
+            target.storeBytes(of: Double(source[i]), toByteOffset: 8 * i, as: Double.self)
+          }
+        default: preconditionFailure("\(rawValue) has no arithmetic")
+        }
+      }
+    }
+  }
+}
+
+/// The upper half of a Float, rounded to nearest even; a NaN stays a (quiet) NaN.
+@inline(__always)
+func bfloat16FromFloat(_ value: Float) -> UInt16 {
+  let bits = value.bitPattern
+  let rounded = bits &+ 0x7FFF &+ ((bits >> 16) & 1)
+  // Rounding could carry a NaN's payload over into infinity.
+  let isNaN = bits & 0x7FFF_FFFF > 0x7F80_0000
+  return UInt16(truncatingIfNeeded: (isNaN ? bits | 0x0040_0000 : rounded) >> 16)
+}
+
+/// IEEE binary16 to binary32 by bit arithmetic: `Float(Float16)` does not vectorise.
+@inline(__always)
+func floatFromHalf(_ half: UInt16) -> Float {
+  let sign = UInt32(half & 0x8000) << 16
+  let magnitude = UInt32(half & 0x7FFF) << 13
+  // Scaling by 2^112 moves the exponent from bias 15 to 127 and normalises subnormals.
+  let scaled = Float(bitPattern: magnitude) * Float(bitPattern: 0x7780_0000)
+  let isSpecial = magnitude >= 0x0F80_0000
+  let bits = isSpecial ? magnitude | 0x7F80_0000 : scaled.bitPattern
+  return Float(bitPattern: bits | sign)
+}
+
+/// IEEE binary32 to binary16, rounded to nearest even, by bit arithmetic.
+@inline(__always)
+func halfFromFloat(_ value: Float) -> UInt16 {
+  let bits = value.bitPattern
+  let sign = UInt16(truncatingIfNeeded: (bits >> 16) & 0x8000)
+  let magnitude = bits & 0x7FFF_FFFF
+  // 0.5 has the exponent at which adding aligns a subnormal's last bit with Float's.
+  let subnormal = (Float(bitPattern: magnitude) + 0.5).bitPattern &- 0x3F00_0000
+  let normal = (magnitude &- 0x3800_0000 &+ 0x0FFF &+ ((magnitude >> 13) & 1)) >> 13
+  let special: UInt32 = magnitude > 0x7F80_0000 ? 0x7E00 | (magnitude >> 13) & 0x3FF : 0x7C00
+  let isSubnormal = magnitude < 0x3880_0000
+  let overflows = magnitude >= 0x477F_F000
+  let result = overflows ? special : (isSubnormal ? subnormal : normal)
+  return UInt16(truncatingIfNeeded: result) | sign
+}

@@ -1,0 +1,152 @@
+import CLinux
+import Glibc
+
+/// An open file, closed when its owner lets go of it.
+///
+/// Every system call on files is in this file or `PendingFile`; each turns −1 into an error
+/// that says what failed and why, and takes up again after a signal.
+public struct File: ~Copyable, Sendable {
+  public let path: String
+  let descriptor: Int32
+
+  private init(path: String, descriptor: Int32) {
+    self.path = path
+    self.descriptor = descriptor
+  }
+
+  deinit { close(descriptor) }
+
+  public init(reading path: String) throws(CheckpointError) {
+    // Looked at before it is opened: opening a pipe would wait for its other end.
+    var status = stat()
+    guard stat(path, &status) == 0 else { throw .system(path, "cannot be opened") }
+    let kind = status.st_mode & S_IFMT
+    guard kind == S_IFREG else {
+      throw CheckpointError(
+        file: path, kind == S_IFDIR ? "is a folder, not a file" : "is not a regular file")
+    }
+    let descriptor = retrying { Glibc.open(path, O_RDONLY | O_CLOEXEC) }
+    guard descriptor >= 0 else { throw .system(path, "cannot be opened") }
+    self.init(path: path, descriptor: descriptor)
+  }
+
+  /// Opens for reading and writing a file that must not exist yet.
+  init(creating path: String) throws(CheckpointError) {
+    let descriptor = retrying { Glibc.open(path, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0o644) }
+    guard descriptor >= 0 else { throw .system(path, "cannot be created") }
+    self.init(path: path, descriptor: descriptor)
+  }
+
+  /// Opens for reading and writing a file that exists.
+  init(updating path: String) throws(CheckpointError) {
+    let descriptor = retrying { Glibc.open(path, O_RDWR | O_CLOEXEC) }
+    guard descriptor >= 0 else { throw .system(path, "cannot be opened for writing") }
+    self.init(path: path, descriptor: descriptor)
+  }
+
+  func status() throws(CheckpointError) -> stat {
+    var result = stat()
+    guard fstat(descriptor, &result) == 0 else { throw .system(path, "cannot be examined") }
+    return result
+  }
+
+  public func size() throws(CheckpointError) -> Int { Int(try status().st_size) }
+
+  /// Fills the buffer from byte `offset` on; an end of file before that is an error.
+  public func read(at offset: Int, into buffer: inout MutableRawSpan) throws(CheckpointError) {
+    let count = buffer.byteCount
+    var done = 0
+    var failure: Int32 = 0
+    buffer.withUnsafeMutableBytes { bytes in
+      while done < count {
+        let got = pread(descriptor, bytes.baseAddress! + done, count - done, off_t(offset + done))
+        if got < 0 && errno == EINTR { continue }
+        if got < 0 { failure = errno }
+        if got <= 0 { break }
+        done += got
+      }
+    }
+    guard failure == 0 else {
+      throw .system(path, "cannot be read at byte \(offset + done)", code: failure)
+    }
+    guard done == count else {
+      throw CheckpointError(
+        file: path, "ends at byte \(offset + done) where \(count - done) more were expected",
+        remedy: "it was truncated while it was being read")
+    }
+  }
+
+  /// The first bytes, as many of `count` as there are.
+  public func beginning(_ count: Int) throws(CheckpointError) -> [UInt8] {
+    try bytes(at: 0, count: min(count, try size()))
+  }
+
+  /// A copy of some bytes; for headers, not for tensors.
+  public func bytes(at offset: Int, count: Int) throws(CheckpointError) -> [UInt8] {
+    var bytes = [UInt8](repeating: 0, count: count)
+    var span = bytes.mutableSpan
+    var raw = span.mutableBytes
+    try read(at: offset, into: &raw)
+    return bytes
+  }
+
+  func write(_ bytes: RawSpan, at offset: Int) throws(CheckpointError) {
+    let count = bytes.byteCount
+    var done = 0
+    var failure: Int32 = 0
+    bytes.withUnsafeBytes { bytes in
+      while done < count && failure == 0 {
+        let put = pwrite(descriptor, bytes.baseAddress! + done, count - done, off_t(offset + done))
+        if put < 0 { failure = errno == EINTR ? 0 : errno } else { done += put }
+      }
+    }
+    guard failure == 0 else { throw .system(path, "cannot be written", code: failure) }
+  }
+
+  /// Reserves room on the disk, so that a full disk is found before the work is done.
+  func preallocate(_ size: Int) throws(CheckpointError) {
+    guard size > 0 else { return }
+    var code = posix_fallocate(descriptor, 0, off_t(size))
+    while code == EINTR { code = posix_fallocate(descriptor, 0, off_t(size)) }
+    // File systems that cannot reserve still get their size set; they fail while writing.
+    if code == EOPNOTSUPP || code == EINVAL {
+      code = ftruncate(descriptor, off_t(size)) == 0 ? 0 : errno
+    }
+    guard code == 0 else { throw .system(path, "cannot take \(size) bytes", code: code) }
+  }
+
+  func sync() throws(CheckpointError) {
+    guard retrying({ fsync(descriptor) }) == 0 else {
+      throw .system(path, "cannot be flushed to disk")
+    }
+  }
+
+  /// Starts writing a range to the disk, without waiting for it.
+  func startFlush(at offset: Int, count: Int) {
+    _ = sync_file_range(descriptor, off_t(offset), off_t(count), smelt_sync_file_range_write)
+  }
+
+  /// Lets the kernel forget its cached copy of a range that will not be read again.
+  func dropCache(at offset: Int, count: Int) {
+    _ = posix_fadvise(descriptor, off_t(offset), off_t(count), POSIX_FADV_DONTNEED)
+  }
+}
+
+/// Calls again for as long as a signal interrupts.
+@inline(__always)
+func retrying<Result: SignedNumeric>(_ call: () -> Result) -> Result {
+  while true {
+    let result = call()
+    if result == -1 && errno == EINTR { continue }
+    return result
+  }
+}
+
+extension CheckpointError {
+  /// A system call's failure; `code` is `errno` unless given.
+  static func system(_ path: String, _ what: String, code: Int32 = errno) -> CheckpointError {
+    let reason = String(cString: strerror(code))
+    let remedy = code == ENOSPC ? "free some space or write to another disk" : nil
+    return CheckpointError(file: path, "\(what): \(reason)", remedy: remedy)
+  }
+}

@@ -1,0 +1,25 @@
+/// What a file that is no checkpoint seems to be, from its first 16 bytes, and what to do.
+///
+/// A half-finished or mistaken download is what confuses people most, so it is named.
+func likeness(of beginning: [UInt8]) -> (kind: String, remedy: String?)? {
+  func starts(_ text: String) -> Bool { beginning.starts(with: text.utf8) }
+  // A safetensors header of 640 bytes begins like a pickle; its brace tells them apart.
+  if beginning.count > 8, beginning[8] == UInt8(ascii: "{") { return nil }
+  if starts("version http") {
+    return ("a Git LFS pointer", "fetch the file itself with 'git lfs pull'")
+  }
+  if starts("<!DOCTYPE") || starts("<!doctype") || starts("<html") || starts("<HTML") {
+    return ("an HTML page", "the download got a web page instead of the file")
+  }
+  if starts("PK\u{3}\u{4}") { return ("a zip archive", nil) }
+  if starts("GGUF") { return ("a GGUF file", nil) }
+  if beginning.starts(with: [0x89, 0x48, 0x44, 0x46]) { return ("an HDF5 file", nil) }
+  if beginning.starts(with: [0x28, 0xB5, 0x2F, 0xFD]) { return ("a zstd file", nil) }
+  if beginning.count > 1, beginning[0] == 0x80, (2...5).contains(beginning[1]) {
+    return ("a Python pickle", nil)
+  }
+  if beginning.count >= 8, beginning.allSatisfy({ $0 == 0 }) {
+    return ("zeros only", "the download did not finish: download it again")
+  }
+  return nil
+}

@@ -1,0 +1,83 @@
+import Glibc
+import Synchronization
+
+/// A file that does not exist under its own name until it is complete.
+///
+/// It is written beside its destination under a temporary name; `commit()` flushes it, moves it
+/// into place and flushes the folder. Dropped before, it is removed: the destination is absent,
+/// what it was, or complete.
+final class PendingFile: Sendable {
+  let destination: String
+  let temporaryPath: String
+  private let committed = Atomic<Bool>(false)
+
+  /// Begins the file; an existing file at `destination` stays as it is until `commit()`.
+  init(for destination: String) throws(CheckpointError) {
+    let (folder, name) = split(destination)
+    guard !name.isEmpty else {
+      throw CheckpointError(file: destination, "names a folder, not a file to write")
+    }
+    var status = stat()
+    if stat(destination, &status) == 0, status.st_mode & S_IFMT != S_IFREG {
+      throw CheckpointError(file: destination, "exists and is not a regular file")
+    }
+    self.destination = destination
+    self.temporaryPath = "\(folder)/.\(name).\(getpid()).partial"
+    // Made here so that the name is ours (O_EXCL) before anyone is told of it.
+    unlink(temporaryPath)
+    do { _ = try File(creating: temporaryPath) } catch {
+      throw CheckpointError(
+        file: destination, error.problem, remedy: error.remedy)
+    }
+    PendingFile.unfinished.withLock { _ = $0.insert(temporaryPath) }
+  }
+
+  /// Opens the file for writing, under its temporary name.
+  func open() throws(CheckpointError) -> File { try File(updating: temporaryPath) }
+
+  func commit() throws(CheckpointError) {
+    try open().sync()
+    guard rename(temporaryPath, destination) == 0 else {
+      throw .system(destination, "cannot be put in place")
+    }
+    committed.store(true, ordering: .relaxed)
+    PendingFile.unfinished.withLock { _ = $0.remove(temporaryPath) }
+    try PendingFile.syncFolder(of: destination)
+  }
+
+  deinit {
+    guard !committed.load(ordering: .relaxed) else { return }
+    unlink(temporaryPath)
+    PendingFile.unfinished.withLock { _ = $0.remove(temporaryPath) }
+  }
+
+  private static func syncFolder(of path: String) throws(CheckpointError) {
+    let folder = split(path).folder
+    let descriptor = Glibc.open(folder, O_RDONLY | O_DIRECTORY | O_CLOEXEC)
+    guard descriptor >= 0 else { throw .system(folder, "cannot be opened") }
+    defer { close(descriptor) }
+    // Some file systems have no way to flush a folder and say so with EINVAL.
+    guard fsync(descriptor) == 0 || errno == EINVAL else {
+      throw .system(folder, "cannot be flushed to disk")
+    }
+  }
+
+  private static let unfinished = Mutex<Set<String>>([])
+
+  /// Removes every file that is still being written; for a command that was told to stop.
+  static func abandonAll() {
+    unfinished.withLock { paths in paths.forEach { unlink($0) } }
+  }
+}
+
+/// The folder and the name in it of a path.
+func split(_ path: String) -> (folder: String, name: String) {
+  guard let slash = path.lastIndex(of: "/") else { return (".", path) }
+  let folder = path[..<slash]
+  return (folder.isEmpty ? "/" : String(folder), String(path[path.index(after: slash)...]))
+}
+
+extension Checkpoint {
+  /// Removes every output that is still being written. Call it before leaving on a signal.
+  public static func abandonUnfinishedOutputs() { PendingFile.abandonAll() }
+}

@@ -1,0 +1,265 @@
+extension Safetensors {
+  /// A header that has been proven right: where every tensor lies, without hole or overlap.
+  struct Layout: Sendable {
+    let manifest: Manifest
+    /// Where each tensor of the manifest begins in the file.
+    let offsets: [Int]
+    /// The length and the header: all bytes before the tensors.
+    let prefix: [UInt8]
+
+    var fileSize: Int { prefix.count + manifest.byteCount }
+  }
+}
+
+// MARK: - Reading
+
+extension Safetensors.Layout {
+  private struct Entry {
+    let tensor: TensorInfo
+    let begin: Int
+    let end: Int
+  }
+
+  /// - Throws: what is wrong with the header, by name.
+  init(parsing header: [UInt8], fileSize: Int, path: String) throws(CheckpointError) {
+    let (entries, metadata) = try Self.parse(header, path: path)
+    let dataStart = 8 + header.count
+    let end = try Self.prove(entries, dataSize: fileSize - dataStart, path: path)
+    guard end == fileSize - dataStart else {
+      throw CheckpointError(
+        file: path, "has \(fileSize - dataStart - end) bytes after the last tensor",
+        remedy: "they belong to nothing: the header or the file is damaged")
+    }
+    manifest = Manifest(
+      entries.map { $0.tensor }, metadata: metadata, safetensorsHeader: header)
+    offsets = entries.map { dataStart + $0.begin }
+    prefix = Safetensors.lengthBytes(header) + header
+  }
+
+  /// The entries in the order of their bytes, and the metadata.
+  private static func parse(_ header: [UInt8], path: String) throws(CheckpointError)
+    -> ([Entry], [String: String])
+  {
+    var entries: [Entry] = []
+    var names = Set<ExactName>()
+    var metadata: [String: String]?
+    var scanner = JSONScanner(header, file: path)
+    try scanner.object("as the header") { (scanner, name) throws(CheckpointError) in
+      if name == "__metadata__" {
+        guard metadata == nil else { throw scanner.failure("the header has two __metadata__") }
+        metadata = try parseMetadata(&scanner)
+        return
+      }
+      guard names.insert(ExactName(name)).inserted else {
+        throw scanner.failure("the header names it twice", tensor: name)
+      }
+      entries.append(try parseEntry(&scanner, name))
+    }
+    try scanner.expectEnd()
+    // Empty tensors sort before the tensor that begins where they lie.
+    entries.sort { ($0.begin, $0.end) < ($1.begin, $1.end) }
+    return (entries, metadata ?? [:])
+  }
+
+  private static func parseMetadata(_ scanner: inout JSONScanner) throws(CheckpointError)
+    -> [String: String]
+  {
+    var metadata: [String: String] = [:]
+    // The reference reads null as no metadata.
+    if scanner.peek() == UInt8(ascii: "n") {
+      try scanner.skipValue("as __metadata__")
+      return metadata
+    }
+    try scanner.object("as __metadata__") { (scanner, key) throws(CheckpointError) in
+      guard metadata[key] == nil else {
+        throw scanner.failure("__metadata__ has the key \(quoted(key)) twice")
+      }
+      guard scanner.peek() == UInt8(ascii: "\"") else {
+        throw scanner.failure("__metadata__ has a value for \(quoted(key)) that is not a string")
+      }
+      metadata[key] = try scanner.string("in __metadata__")
+    }
+    return metadata
+  }
+
+  private static func parseEntry(_ scanner: inout JSONScanner, _ name: String)
+    throws(CheckpointError) -> Entry
+  {
+    var dtype: DType?
+    var shape: [Int]?
+    var dataOffsets: [Int]?
+    guard scanner.peek() == UInt8(ascii: "{") else {
+      throw scanner.failure("is not described by a JSON object", tensor: name)
+    }
+    try scanner.object("in a tensor's entry") { (scanner, field) throws(CheckpointError) in
+      switch field {
+      case "dtype":
+        guard dtype == nil else { throw scanner.failure("has two fields dtype", tensor: name) }
+        let text = try scanner.string("as a dtype")
+        guard let known = DType(rawValue: text) else {
+          throw scanner.failure("has the unknown dtype \(quoted(text))", tensor: name)
+        }
+        dtype = known
+      case "shape":
+        guard shape == nil else { throw scanner.failure("has two fields shape", tensor: name) }
+        shape = try parseNaturals(&scanner, "in its shape", name)
+      case "data_offsets":
+        guard dataOffsets == nil else {
+          throw scanner.failure("has two fields data_offsets", tensor: name)
+        }
+        dataOffsets = try parseNaturals(&scanner, "in its data_offsets", name)
+      default: try scanner.skipValue("in a tensor's entry")
+      }
+    }
+    guard let dtype else { throw scanner.failure("has no dtype", tensor: name) }
+    guard let shape else { throw scanner.failure("has no shape", tensor: name) }
+    guard let dataOffsets else { throw scanner.failure("has no data_offsets", tensor: name) }
+    guard dataOffsets.count == 2 else {
+      throw scanner.failure("has \(dataOffsets.count) data_offsets instead of 2", tensor: name)
+    }
+    do {
+      let tensor = try TensorInfo(name: name, dtype: dtype, shape: shape)
+      return Entry(tensor: tensor, begin: dataOffsets[0], end: dataOffsets[1])
+    } catch .partialByte {
+      throw scanner.failure(
+        "has \(dtype.bitWidth)-bit elements that do not fill whole bytes", tensor: name)
+    } catch {
+      throw scanner.failure("has a shape too large to count its bytes", tensor: name)
+    }
+  }
+
+  private static func parseNaturals(
+    _ scanner: inout JSONScanner, _ context: String, _ name: String
+  ) throws(CheckpointError) -> [Int] {
+    var numbers: [Int] = []
+    guard scanner.peek() == UInt8(ascii: "[") else {
+      throw scanner.failure("has no list of numbers \(context)", tensor: name)
+    }
+    try scanner.array(context) { (scanner) throws(CheckpointError) in
+      numbers.append(try scanner.natural(context, tensor: name))
+    }
+    return numbers
+  }
+
+  /// Checks that the entries cover the data from its start without hole or overlap.
+  /// - Returns: where the last one ends.
+  private static func prove(_ entries: [Entry], dataSize: Int, path: String)
+    throws(CheckpointError) -> Int
+  {
+    var expected = 0
+    for (index, entry) in entries.enumerated() {
+      func malformed(_ problem: String, remedy: String? = nil) -> CheckpointError {
+        CheckpointError(file: path, tensor: entry.tensor.name, problem, remedy: remedy)
+      }
+      guard entry.begin <= entry.end else {
+        throw malformed("begins at byte \(entry.begin), after its end at \(entry.end)")
+      }
+      guard entry.end - entry.begin == entry.tensor.byteCount else {
+        throw malformed(
+          "takes \(entry.end - entry.begin) bytes but its shape \(entry.tensor.shapeDescription) of \(entry.tensor.dtype.rawValue) needs \(entry.tensor.byteCount)"
+        )
+      }
+      guard entry.begin >= expected else {
+        throw malformed("overlaps \(quoted(entries[index - 1].tensor.name))")
+      }
+      guard entry.begin == expected else {
+        throw malformed(
+          "begins at byte \(entry.begin), leaving a hole of \(entry.begin - expected) bytes before it"
+        )
+      }
+      guard entry.end <= dataSize else {
+        throw malformed(
+          "ends at byte \(entry.end) of the data, which has only \(dataSize)",
+          remedy: "the file is truncated: download it again")
+      }
+      expected = entry.end
+    }
+    return expected
+  }
+}
+
+// MARK: - Writing
+
+extension Safetensors.Layout {
+  /// Lays tensors out: the same manifest always gives the same bytes.
+  ///
+  /// Wider types come first, as the reference writer has it, so that every tensor is aligned;
+  /// within a width the manifest's order stays.
+  init(writing manifest: Manifest, path: String) throws(CheckpointError) {
+    if let header = manifest.safetensorsHeader,
+      let original = try? Safetensors.Layout(
+        parsing: header, fileSize: 8 + header.count + manifest.byteCount, path: path),
+      original.manifest.describesTheSame(as: manifest)
+    {
+      self = original
+      return
+    }
+    let widths = [64, 32, 16, 8, 6, 4]
+    let tensors = widths.flatMap { width in manifest.tensors.filter { $0.dtype.bitWidth == width } }
+    var header = Array("{".utf8)
+    func append(_ text: String) { header.append(contentsOf: text.utf8) }
+    if !manifest.metadata.isEmpty {
+      append("\"__metadata__\":{")
+      for (index, pair) in manifest.metadata.sorted(by: { $0.key < $1.key }).enumerated() {
+        append((index == 0 ? "" : ",") + jsonString(pair.key) + ":" + jsonString(pair.value))
+      }
+      append("}")
+    }
+    var begins: [Int] = []
+    var begin = 0
+    for tensor in tensors {
+      guard tensor.name != "__metadata__" else {
+        throw CheckpointError(
+          file: path, tensor: tensor.name, "has a name that safetensors keeps for itself")
+      }
+      let shape = tensor.shape.map(String.init).joined(separator: ",")
+      append(
+        (header.count == 1 ? "" : ",") + jsonString(tensor.name)
+          + ":{\"dtype\":\"\(tensor.dtype.rawValue)\",\"shape\":[\(shape)],"
+          + "\"data_offsets\":[\(begin),\(begin + tensor.byteCount)]}")
+      begins.append(begin)
+      begin += tensor.byteCount
+    }
+    append("}")
+    while header.count % 8 != 0 { append(" ") }
+    guard header.count <= Safetensors.largestHeader else {
+      throw CheckpointError(
+        file: path,
+        "would have a header of \(header.count) bytes; the format's limit is \(Safetensors.largestHeader)",
+        remedy: "write HDF5 instead")
+    }
+    prefix = Safetensors.lengthBytes(header) + header
+    offsets = begins.map { [start = prefix.count] in start + $0 }
+    self.manifest = Manifest(tensors, metadata: manifest.metadata, safetensorsHeader: header)
+  }
+}
+
+extension Manifest {
+  /// Whether both hold the same tensors, whatever their order, and the same metadata.
+  fileprivate func describesTheSame(as other: Manifest) -> Bool {
+    metadata == other.metadata && tensors.count == other.tensors.count
+      && tensors.allSatisfy { other[$0.name] == $0 }
+  }
+}
+
+extension Safetensors {
+  fileprivate static func lengthBytes(_ header: [UInt8]) -> [UInt8] {
+    (0..<8).map { UInt8(truncatingIfNeeded: header.count >> (8 * $0)) }
+  }
+}
+
+/// Text as a JSON string, quotes included.
+func jsonString(_ text: String) -> String {
+  var result = "\""
+  for scalar in text.unicodeScalars {
+    switch scalar {
+    case "\"": result += "\\\""
+    case "\\": result += "\\\\"
+    case _ where scalar.value < 0x20:
+      let digits = String(scalar.value, radix: 16)
+      result += "\\u" + String(repeating: "0", count: 4 - digits.count) + digits
+    default: result.unicodeScalars.append(scalar)
+    }
+  }
+  return result + "\""
+}

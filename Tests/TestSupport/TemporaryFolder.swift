@@ -1,0 +1,17 @@
+import Foundation
+
+/// An empty folder that goes away with its owner.
+public final class TemporaryFolder: Sendable {
+  public let path: String
+
+  public init() throws {
+    var template = Array("\(NSTemporaryDirectory())/smelt-test-XXXXXX".utf8CString)
+    guard mkdtemp(&template) != nil else { throw CocoaError(.fileWriteUnknown) }
+    path = template.withUnsafeBufferPointer { String(cString: $0.baseAddress!) }
+  }
+
+  deinit { try? FileManager.default.removeItem(atPath: path) }
+
+  /// The path of a file in the folder.
+  public func callAsFunction(_ name: String) -> String { "\(path)/\(name)" }
+}
