@@ -35,6 +35,38 @@ extension TensorSource {
     return values
   }
 
+  /// A whole tensor of whole numbers, for the small ones that are needed at once.
+  public func integers(of tensor: TensorInfo) throws -> [Int] {
+    func load<Element: FixedWidthInteger>(_ type: Element.Type) throws -> [Int] {
+      let bytes = try self.bytes(of: tensor)
+      return try bytes.withUnsafeBytes { bytes in
+        try (0..<tensor.elementCount).map { index in
+          let value = bytes.loadUnaligned(
+            fromByteOffset: index * MemoryLayout<Element>.size, as: Element.self)
+          guard let integer = Int(exactly: Element(littleEndian: value)) else {
+            throw CheckpointError(
+              file: path, tensor: tensor.name, "has the value \(value), which is too large")
+          }
+          return integer
+        }
+      }
+    }
+    switch tensor.dtype {
+    case .u8: return try load(UInt8.self)
+    case .i8: return try load(Int8.self)
+    case .u16: return try load(UInt16.self)
+    case .i16: return try load(Int16.self)
+    case .u32: return try load(UInt32.self)
+    case .i32: return try load(Int32.self)
+    case .u64: return try load(UInt64.self)
+    case .i64: return try load(Int64.self)
+    default:
+      throw CheckpointError(
+        file: path, tensor: tensor.name,
+        "is \(tensor.dtype.rawValue), not a type of whole numbers")
+    }
+  }
+
   /// A whole tensor as it is stored, for the small ones that are needed at once.
   public func bytes(of tensor: TensorInfo) throws -> [UInt8] {
     var bytes = [UInt8](repeating: 0, count: tensor.byteCount)
@@ -100,5 +132,12 @@ public enum Checkpoint {
     throw CheckpointError(
       file: path, "has no ending that names a format",
       remedy: "end it in one of \(endings.joined(separator: ", "))")
+  }
+
+  /// Writes everything a source holds to a new checkpoint, byte for byte.
+  public static func write(_ source: any TensorSource, to path: String, workers: Int = 2) throws {
+    let sink = try create(path, source.manifest)
+    try source.copy(into: sink, workers: workers)
+    try sink.finish()
   }
 }

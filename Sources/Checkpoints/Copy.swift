@@ -1,9 +1,12 @@
 extension TensorSource {
-  /// Writes every tensor of `sink` from the tensor of the same name here, byte for byte.
+  /// Writes tensors of `sink` from the tensors of the same names here, byte for byte.
   ///
   /// Memory is `workers` pieces of 4 MiB, whatever the tensors' sizes.
-  public func copy(into sink: any TensorSink, workers: Int = 2) throws {
-    let tensors = sink.manifest.tensors
+  /// - Parameter tensors: those to copy; every tensor of the sink if not given.
+  public func copy(
+    _ tensors: [TensorInfo]? = nil, into sink: any TensorSink, workers: Int = 2
+  ) throws {
+    let tensors = tensors ?? sink.manifest.tensors
     let pieces = Pieces(of: tensors, size: 4 << 20)
     try forEachStep(count: pieces.count, workers: workers) {
       Buffer(byteCount: pieces.largest)

@@ -118,6 +118,20 @@ extension DType {
   }
 }
 
+extension DType {
+  /// Rounds values to what this type can hold, as if they had been stored and read again.
+  public func round(_ values: inout MutableSpan<Float>) {
+    switch self {
+    case .bf16:
+      for i in values.indices {
+        values[i] = Float(bitPattern: UInt32(bfloat16FromFloat(values[i])) << 16)
+      }
+    case .f16: for i in values.indices { values[i] = floatFromHalf(halfFromFloat(values[i])) }
+    default: break
+    }
+  }
+}
+
 /// The upper half of a Float, rounded to nearest even; a NaN stays a (quiet) NaN.
 @inline(__always)
 func bfloat16FromFloat(_ value: Float) -> UInt16 {

@@ -1,8 +1,51 @@
 import ArgumentParser
+import Checkpoints
+import Dispatch
+import Glibc
 
+/// The command. Each subcommand parses, calls the library and says what was done.
 @main
 struct Smelt: ParsableCommand {
   static let configuration = CommandConfiguration(
     commandName: "smelt",
-    abstract: "Convert, merge, upscale and pack model checkpoints in bounded memory.")
+    abstract: "Convert, merge, upscale and pack model checkpoints in bounded memory.",
+    discussion: """
+      Checkpoints are recognised by their first bytes and written in the format that the \
+      output's ending names: \(Endings.all).
+
+      Exit codes: 0 done, 1 refused or failed (nothing is left behind), 64 wrong usage.
+      """,
+    version: "0.1.0",
+    subcommands: [
+      Inspect.self, Convert.self, Pack.self, Unpack.self,
+    ])
+
+  static func main() {
+    cleanUpOnSignals()
+    Self.main(nil)
+  }
+
+  /// INT and TERM remove what is being written before the process ends by that signal.
+  private static func cleanUpOnSignals() {
+    for number in [SIGINT, SIGTERM] {
+      signal(number, SIG_IGN)
+      let source = DispatchSource.makeSignalSource(signal: number, queue: .global())
+      source.setEventHandler {
+        Checkpoint.abandonUnfinishedOutputs()
+        signal(number, SIG_DFL)
+        raise(number)
+      }
+      source.resume()
+      signalSources.append(source)
+    }
+  }
+
+  /// Sources live as long as something holds them.
+  nonisolated(unsafe) private static var signalSources: [any DispatchSourceSignal] = []
+}
+
+enum Endings {
+  static var all: String {
+    Checkpoint.formats.flatMap { $0.fileExtensions }.map { "." + $0 }.joined(separator: ", ")
+  }
 }

@@ -132,6 +132,21 @@ public struct File: ~Copyable, Sendable {
   }
 }
 
+/// Whether two paths lead to the same file; a path that leads nowhere is no file's.
+public func isSameFile(_ one: String, _ other: String) throws(CheckpointError) -> Bool {
+  var statuses = [stat(), stat()]
+  for (index, path) in [one, other].enumerated() where stat(path, &statuses[index]) != 0 {
+    guard errno == ENOENT else { throw .system(path, "cannot be examined") }
+    return false
+  }
+  return statuses[0].st_dev == statuses[1].st_dev && statuses[0].st_ino == statuses[1].st_ino
+}
+
+/// The size of a file in bytes.
+public func fileSize(_ path: String) throws(CheckpointError) -> Int {
+  try File(reading: path).size()
+}
+
 /// Calls again for as long as a signal interrupts.
 @inline(__always)
 func retrying<Result: SignedNumeric>(_ call: () -> Result) -> Result {

@@ -1,0 +1,50 @@
+import ArgumentParser
+import Checkpoints
+import Merging
+
+/// A base model and its experts, as every command that needs them takes them.
+struct FamilyArguments: ParsableArguments {
+  @Option(help: "The model that the experts were fine-tuned from.", completion: .file())
+  var base: String
+
+  @Option(
+    name: .customLong("expert"),
+    help: ArgumentHelp(
+      "An expert and the name it goes by; give it once for each.", valueName: "name=path"))
+  var experts: [NamedPath]
+
+  var paths: [String] { [base] + experts.map { $0.path } }
+
+  /// Opens all and checks them against each other.
+  func open() throws -> ModelFamily {
+    let family = try ModelFamily(
+      base: Checkpoint.open(base),
+      experts: experts.map { .init(name: $0.name, source: try Checkpoint.open($0.path)) })
+    for (expert, tensors) in family.leftOut {
+      note(
+        "\(expert) has \(tensors.count) tensors that the base has not; they are left out: \(tensors.prefix(5).map(quoted).joined(separator: ", "))\(tensors.count > 5 ? ", …" : "")"
+      )
+    }
+    return family
+  }
+}
+
+/// `NAME=PATH` on the command line.
+struct NamedPath: ExpressibleByArgument {
+  let name: String
+  let path: String
+
+  init?(argument: String) {
+    guard let sign = argument.firstIndex(of: "=") else { return nil }
+    name = String(argument[..<sign])
+    path = String(argument[argument.index(after: sign)...])
+    guard !name.isEmpty, !path.isEmpty else { return nil }
+  }
+}
+
+/// - Throws: if `output` is one of the files that are read.
+func refuse(writing output: String, overInputs inputs: [String]) throws {
+  for input in inputs where try isSameFile(output, input) {
+    throw CheckpointError(file: output, "is also an input", remedy: "write to another name")
+  }
+}
