@@ -15,3 +15,10 @@ public final class TemporaryFolder: Sendable {
   /// The path of a file in the folder.
   public func callAsFunction(_ name: String) -> String { "\(path)/\(name)" }
 }
+
+extension TemporaryFolder {
+  /// The names of everything in the folder, hidden files too, sorted.
+  public var names: [String] {
+    get throws { try FileManager.default.contentsOfDirectory(atPath: path).sorted() }
+  }
+}
