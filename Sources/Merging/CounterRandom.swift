@@ -1,0 +1,65 @@
+import Glibc
+
+/// Random numbers that are a pure function of (seed, tensor, stream, index), so that neither the
+/// order of the work nor its tiling changes a result.
+///
+/// The generator is Philox4x32-10 (Salmon et al., *Parallel Random Numbers: As Easy as 1, 2, 3*,
+/// SC 2011). Its key is the seed; its counter is the index and a hash of tensor and stream.
+public struct CounterRandom: Sendable {
+  private let seed: UInt64
+  private let sequence: UInt64
+
+  /// The random numbers of one tensor; `stream` tells a model's from another's.
+  public init(seed: UInt64, tensor: String, stream: UInt64 = 0) {
+    self.seed = seed
+    // FNV-1a over the stream and the name, so that the hash is the same on every machine.
+    var hash: UInt64 = 0xCBF2_9CE4_8422_2325
+    func absorb(_ byte: UInt8) { hash = (hash ^ UInt64(byte)) &* 0x0000_0100_0000_01B3 }
+    for shift in stride(from: 0, to: 64, by: 8) {
+      absorb(UInt8(truncatingIfNeeded: stream >> shift))
+    }
+    for byte in tensor.utf8 { absorb(byte) }
+    sequence = hash
+  }
+
+  /// Block `index` of the sequence: four words.
+  public func words(at index: UInt64) -> SIMD4<UInt32> {
+    philox(
+      counter: SIMD4(index.low, index.high, sequence.low, sequence.high),
+      key: SIMD2(seed.low, seed.high))
+  }
+
+  /// A number of the uniform distribution on [0, 1), a multiple of 2⁻³².
+  public func uniform(at index: UInt64) -> Double {
+    Double(words(at: index / 4)[Int(index % 4)]) * 0x1p-32
+  }
+
+  /// A number of the standard normal distribution (Box and Muller 1958).
+  public func normal(at index: UInt64) -> Double {
+    let words = words(at: index)
+    let radius = UInt64(words.x) << 32 | UInt64(words.y)
+    let angle = UInt64(words.z) << 32 | UInt64(words.w)
+    // (radius + ½)·2⁻⁵³ lies within (0, 1), so the logarithm is finite.
+    let scaled = (Double(radius >> 11) + 0.5) * 0x1p-53
+    return (-2 * log(scaled)).squareRoot() * cos(2 * .pi * Double(angle >> 11) * 0x1p-53)
+  }
+}
+
+/// Ten rounds of Philox on four words.
+func philox(counter: SIMD4<UInt32>, key: SIMD2<UInt32>) -> SIMD4<UInt32> {
+  var counter = counter
+  var key = key
+  for _ in 0..<10 {
+    let left = UInt64(counter.x) * 0xD251_1F53
+    let right = UInt64(counter.z) * 0xCD9E_8D57
+    counter = SIMD4(
+      right.high ^ counter.y ^ key.x, right.low, left.high ^ counter.w ^ key.y, left.low)
+    key &+= SIMD2(0x9E37_79B9, 0xBB67_AE85)
+  }
+  return counter
+}
+
+extension UInt64 {
+  fileprivate var low: UInt32 { UInt32(truncatingIfNeeded: self) }
+  fileprivate var high: UInt32 { UInt32(truncatingIfNeeded: self >> 32) }
+}

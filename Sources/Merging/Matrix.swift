@@ -1,0 +1,98 @@
+import COpenBLAS
+
+/// A matrix in memory, row after row.
+public struct Matrix<Scalar: Sendable & Equatable>: Sendable, Equatable {
+  public let rowCount: Int
+  public let columnCount: Int
+  public var elements: [Scalar]
+
+  public init(rowCount: Int, columnCount: Int, elements: [Scalar]) {
+    precondition(elements.count == rowCount * columnCount)
+    self.rowCount = rowCount
+    self.columnCount = columnCount
+    self.elements = elements
+  }
+
+  public init(rowCount: Int, columnCount: Int, repeating value: Scalar) {
+    self.init(
+      rowCount: rowCount, columnCount: columnCount,
+      elements: Array(repeating: value, count: rowCount * columnCount))
+  }
+
+  public subscript(row: Int, column: Int) -> Scalar {
+    get { elements[row * columnCount + column] }
+    set { elements[row * columnCount + column] = newValue }
+  }
+
+  public subscript(row row: Int) -> ArraySlice<Scalar> {
+    elements[row * columnCount..<(row + 1) * columnCount]
+  }
+}
+
+/// OpenBLAS starts a thread a core; we are parallel above it.
+let singleThreadedBLAS: Void = openblas_set_num_threads(1)
+
+/// A factor of a product, as it is or transposed.
+enum Factor<Scalar: Sendable & Equatable> {
+  case plain(Matrix<Scalar>)
+  case transposed(Matrix<Scalar>)
+
+  fileprivate var matrix: Matrix<Scalar> {
+    switch self {
+    case .plain(let matrix), .transposed(let matrix): matrix
+    }
+  }
+
+  fileprivate var size: (rows: Int, columns: Int) {
+    switch self {
+    case .plain(let matrix): (matrix.rowCount, matrix.columnCount)
+    case .transposed(let matrix): (matrix.columnCount, matrix.rowCount)
+    }
+  }
+
+  fileprivate var flag: CBLAS_TRANSPOSE {
+    switch self {
+    case .plain: CblasNoTrans
+    case .transposed: CblasTrans
+    }
+  }
+
+  // A row is never shorter than one element, says the BLAS manual.
+  fileprivate var stride: CInt { CInt(max(1, matrix.columnCount)) }
+}
+
+extension Matrix where Scalar == Float {
+  /// Adds a product to `keeping` times the matrix.
+  mutating func add(_ left: Factor<Float>, _ right: Factor<Float>, keeping: Float = 1) {
+    precondition(left.size.columns == right.size.rows)
+    precondition(left.size.rows == rowCount && right.size.columns == columnCount)
+    guard !elements.isEmpty else { return }
+    _ = singleThreadedBLAS
+    cblas_sgemm(
+      CblasRowMajor, left.flag, right.flag,
+      CInt(rowCount), CInt(columnCount), CInt(left.size.columns),
+      1, left.matrix.elements, left.stride, right.matrix.elements, right.stride,
+      keeping, &elements, CInt(columnCount))
+  }
+
+  /// The product of two matrices.
+  init(_ left: Factor<Float>, _ right: Factor<Float>) {
+    self.init(rowCount: left.size.rows, columnCount: right.size.columns, repeating: 0)
+    add(left, right, keeping: 0)
+  }
+}
+
+extension Matrix where Scalar == Double {
+  /// The product of two matrices.
+  init(_ left: Factor<Double>, _ right: Factor<Double>) {
+    precondition(left.size.columns == right.size.rows)
+    self.init(rowCount: left.size.rows, columnCount: right.size.columns, repeating: 0)
+    guard !elements.isEmpty else { return }
+    _ = singleThreadedBLAS
+    cblas_dgemm(
+      CblasRowMajor, left.flag, right.flag,
+      CInt(rowCount), CInt(columnCount), CInt(left.size.columns),
+      1, left.matrix.elements, left.stride, right.matrix.elements, right.stride,
+      0, &elements, CInt(columnCount))
+  }
+}
