@@ -107,7 +107,8 @@ public protocol CheckpointFormat: SendableMetatype {
 /// The checkpoint formats that Smelt knows. A new one is a file and a line here.
 public enum Checkpoint {
   public static let formats: [any CheckpointFormat.Type] = [
-    Safetensors.self
+    Safetensors.self,
+    HDF5.self,
   ]
 
   /// Opens a checkpoint; its first bytes, not its name, say what it is.

@@ -1,0 +1,107 @@
+extension HDF5 {
+  static let headerDataset = "header"
+  static let nameAttribute = "safetensors_name"
+  static let dtypeAttribute = "safetensors_dtype"
+  static let shapeAttribute = "safetensors_shape"
+
+  /// An inventory that has been proven right: tensors, and where in the file their bytes are.
+  struct Contents: Sendable {
+    let manifest: Manifest
+    /// Where each tensor of the manifest begins in the file.
+    let offsets: [Int]
+  }
+}
+
+extension HDF5.Contents {
+  /// - Throws: what is wrong with the inventory, by name.
+  init(proving inventory: HDF5.Inventory, of file: MappedFile) throws(CheckpointError) {
+    let path = file.path
+    var names = Set<ExactName>()
+    var tensors: [(tensor: TensorInfo, offset: Int)] = []
+    for dataset in inventory.datasets {
+      do throws(HDF5Failure) {
+        let tensor = try dataset.tensor(isOurs: inventory.metadata != nil)
+        guard names.insert(ExactName(tensor.name)).inserted else {
+          throw HDF5Failure("has the name of another tensor, \(quoted(tensor.name))")
+        }
+        tensors.append((tensor, try dataset.prove(tensor, fileSize: file.size)))
+      } catch { throw error.of(dataset.path).error(file: path) }
+    }
+    let metadata = inventory.metadata ?? [:]
+    let original = try inventory.header.flatMap { (range) throws(CheckpointError) in
+      try Self.header(at: range, of: file, tensors.map { $0.tensor }, metadata)
+    }
+    guard let original else {
+      manifest = Manifest(tensors.map { $0.tensor }, metadata: metadata)
+      offsets = tensors.map { $0.offset }
+      return
+    }
+    let positions = Dictionary(
+      uniqueKeysWithValues: tensors.map { (ExactName($0.tensor.name), $0.offset) })
+    manifest = original
+    offsets = original.tensors.map { positions[ExactName($0.name)]! }
+  }
+
+  /// What the kept safetensors header says, if it still says what the file holds: someone may
+  /// have edited the file since.
+  private static func header(
+    at range: Range<Int>, of file: MappedFile, _ tensors: [TensorInfo], _ metadata: [String: String]
+  ) throws(CheckpointError) -> Manifest? {
+    guard range.upperBound <= file.size, range.count <= Safetensors.largestHeader else {
+      return nil
+    }
+    let header = try File(reading: file.path).bytes(at: range.lowerBound, count: range.count)
+    var size = 8 + header.count
+    for tensor in tensors {
+      let sum = size.addingReportingOverflow(tensor.byteCount)
+      guard !sum.overflow else { return nil }
+      size = sum.partialValue
+    }
+    // A header that is wrong in itself is one that was damaged: the datasets are what counts.
+    let layout = try? Safetensors.Layout(parsing: header, fileSize: size, path: file.path)
+    guard let manifest = layout?.manifest, manifest.tensors.count == tensors.count,
+      tensors.allSatisfy({ manifest[$0.name] == $0 }),
+      manifest.metadata.filter({ HDF5.canName($0.key) }) == metadata
+    else { return nil }
+    return manifest
+  }
+}
+
+extension HDF5.Inventory.Dataset {
+  /// The tensor that the dataset is.
+  fileprivate func tensor(isOurs: Bool) throws(HDF5Failure) -> TensorInfo {
+    let stored = try sized(storedType, dimensions)
+    var dtype = storedType
+    if let name = self.dtype {
+      guard let known = DType(rawValue: name), known.hdf5StorageType == storedType else {
+        throw HDF5Failure("is said to be of \(quoted(name)) but holds \(storedType.rawValue)")
+      }
+      dtype = known
+    }
+    let tensor = try sized(dtype, shape ?? dimensions)
+    guard tensor.byteCount == stored.byteCount else {
+      throw HDF5Failure(
+        "takes \(stored.byteCount) bytes but its shape \(tensor.shapeDescription) of \(dtype.rawValue) needs \(tensor.byteCount)"
+      )
+    }
+    return tensor.renamed(name ?? (isOurs ? path : path.replacing("/", with: ".")))
+  }
+
+  private func sized(_ dtype: DType, _ shape: [Int]) throws(HDF5Failure) -> TensorInfo {
+    do { return try TensorInfo(name: path, dtype: dtype, shape: shape) } catch .partialByte {
+      throw HDF5Failure("has \(dtype.bitWidth)-bit elements that do not fill whole bytes")
+    } catch { throw HDF5Failure("has a shape too large to count its bytes") }
+  }
+
+  /// - Returns: where the bytes begin, all of which lie in the file.
+  fileprivate func prove(_ tensor: TensorInfo, fileSize: Int) throws(HDF5Failure) -> Int {
+    guard case .contiguous(let offset) = storage, tensor.byteCount > 0 else { return 0 }
+    let end = offset.addingReportingOverflow(tensor.byteCount)
+    guard offset >= 0, !end.overflow, end.partialValue <= fileSize else {
+      throw HDF5Failure(
+        "has \(tensor.byteCount) bytes from byte \(offset) on, beyond the file's \(fileSize)",
+        remedy: "the file is truncated or damaged: get it again")
+    }
+    return offset
+  }
+}

@@ -1,0 +1,193 @@
+internal import CHDF5
+
+extension HDF5 {
+  /// What libhdf5 says of a file: all that it is asked when reading, and nothing is proven yet.
+  struct Inventory: Equatable, Sendable {
+    struct Dataset: Equatable, Sendable {
+      /// The names of the groups it is in and its own, joined by slashes.
+      let path: String
+      let storedType: DType
+      let dimensions: [Int]
+      /// The attributes that say what it is a tensor of, where there are such.
+      let name: String?
+      let dtype: String?
+      let shape: [Int]?
+      let storage: Storage
+    }
+
+    enum Storage: Equatable, Sendable {
+      /// No bytes, because there are no elements.
+      case nothing
+      /// All bytes in one place, from this byte of the file on.
+      case contiguous(at: Int)
+    }
+
+    /// As they were made or, where that was not recorded, by name.
+    var datasets: [Dataset] = []
+    /// The attributes of `/__metadata__`; without that group, the file is not Smelt's.
+    var metadata: [String: String]?
+    /// Where the safetensors header lies.
+    var header: Range<Int>?
+  }
+}
+
+extension HDF5.Inventory {
+  init(reading path: String) throws(CheckpointError) {
+    do {
+      self = try HDF5Library.withLock { () throws(HDF5Failure) in
+        var reader = try HDF5Reader(path)
+        try reader.readAll()
+        return reader.inventory
+      }
+    } catch { throw error.error(file: path) }
+  }
+}
+
+/// Walks through an open file.
+private struct HDF5Reader: ~Copyable {
+  private let file: HDF5Handle
+  private let attributes: HDF5Attributes
+  private var visited: Set<haddr_t> = []
+  private(set) var inventory = HDF5.Inventory()
+
+  /// Deeper than any model's layers; shallow enough for a thread's stack.
+  private static let deepest = 200
+
+  init(_ path: String) throws(HDF5Failure) {
+    let access = try HDF5Handle(H5Pcreate(smelt_h5_file_access()))
+    // A file that someone is writing is refused, unless the file system cannot tell.
+    try HDF5Library.check(H5Pset_file_locking(access.id, true, true))
+    let file = try HDF5Handle(H5Fopen(path, smelt_h5_read_only(), access.id))
+    self.attributes = try HDF5Attributes()
+    self.file = file
+  }
+
+  mutating func readAll() throws(HDF5Failure) {
+    let root = try HDF5Handle(H5Gopen2(file.id, "/", hid_t(H5P_DEFAULT)))
+    try read(root, path: "", depth: 0)
+  }
+
+  private mutating func read(_ group: borrowing HDF5Handle, path: String, depth: Int)
+    throws(HDF5Failure)
+  {
+    guard depth <= HDF5Reader.deepest else {
+      throw HDF5Failure("has groups more than \(HDF5Reader.deepest) levels deep")
+    }
+    var address: haddr_t = 0
+    try HDF5Library.check(smelt_h5_address(group.id, &address))
+    guard visited.insert(address).inserted else {
+      throw HDF5Failure("has a group that appears twice, here as \(quoted(path))")
+    }
+    for link in try links(of: group) {
+      let member = path.isEmpty ? link.name : "\(path)/\(link.name)"
+      guard link.isHard else {
+        throw HDF5Failure(
+          "has at \(quoted(member)) a soft or external link, which Smelt does not follow",
+          remedy: "put the dataset itself there")
+      }
+      let object = try HDF5Handle(H5Oopen(group.id, link.name, hid_t(H5P_DEFAULT)))
+      switch H5Iget_type(object.id) {
+      case H5I_GROUP where member == HDF5.metadataGroup: try readMetadata(object)
+      case H5I_GROUP: try read(object, path: member, depth: depth + 1)
+      case H5I_DATASET:
+        do { inventory.datasets.append(try dataset(object, path: member)) } catch {
+          throw error.of(member)
+        }
+      case H5I_DATATYPE: continue  // A type with a name: those who use it name it themselves.
+      default: throw HDF5Failure("has at \(quoted(member)) an object of an unknown kind")
+      }
+    }
+  }
+
+  private func links(of group: borrowing HDF5Handle) throws(HDF5Failure)
+    -> [(name: String, isHard: Bool)]
+  {
+    let creation = try HDF5Handle(H5Gget_create_plist(group.id))
+    var flags: UInt32 = 0
+    try HDF5Library.check(H5Pget_link_creation_order(creation.id, &flags))
+    let isTracked = flags & UInt32(H5P_CRT_ORDER_TRACKED) != 0
+    var links: [(name: String?, isHard: Bool)] = []
+    let result = withUnsafeMutablePointer(to: &links) {
+      smelt_h5_links(
+        group.id, isTracked ? H5_INDEX_CRT_ORDER : H5_INDEX_NAME,
+        { name, isHard, context in
+          context!.assumingMemoryBound(to: [(name: String?, isHard: Bool)].self).pointee
+            .append((String(validatingCString: name!), isHard != 0))
+          return 0
+        }, $0)
+    }
+    try HDF5Library.check(result)
+    return try links.map { (link) throws(HDF5Failure) in
+      guard let name = link.name else { throw HDF5Failure("has a name that is not UTF-8 text") }
+      return (name, link.isHard)
+    }
+  }
+
+  private mutating func readMetadata(_ group: borrowing HDF5Handle) throws(HDF5Failure) {
+    var metadata: [String: String] = [:]
+    for name in try attributes.names(of: group) {
+      metadata[name] = try attributes.text(name, of: group)
+    }
+    inventory.metadata = metadata
+    guard try HDF5Library.check(H5Lexists(group.id, HDF5.headerDataset, hid_t(H5P_DEFAULT))) > 0
+    else { return }
+    let header = try HDF5Handle(H5Dopen2(group.id, HDF5.headerDataset, hid_t(H5P_DEFAULT)))
+    let dataset = try dataset(header, path: HDF5.headerDataset)
+    // Whatever else it may be is not the header that Smelt wrote.
+    if case .contiguous(let offset) = dataset.storage, dataset.storedType == .u8,
+      dataset.dimensions.count == 1
+    {
+      let end = offset.addingReportingOverflow(dataset.dimensions[0])
+      if !end.overflow { inventory.header = offset..<end.partialValue }
+    }
+  }
+
+  private func dataset(_ dataset: borrowing HDF5Handle, path: String) throws(HDF5Failure)
+    -> HDF5.Inventory.Dataset
+  {
+    let type = try HDF5Handle(H5Dget_type(dataset.id))
+    let storedType = try DType(hdf5Type: type.id)
+    let dimensions = try dimensions(of: dataset)
+    return HDF5.Inventory.Dataset(
+      path: path, storedType: storedType, dimensions: dimensions,
+      name: try attributes.text(HDF5.nameAttribute, of: dataset),
+      dtype: try attributes.text(HDF5.dtypeAttribute, of: dataset),
+      shape: try attributes.integers(HDF5.shapeAttribute, of: dataset)?.map(Int.init),
+      storage: dimensions.contains(0) ? .nothing : try storage(of: dataset))
+  }
+
+  private func dimensions(of dataset: borrowing HDF5Handle) throws(HDF5Failure) -> [Int] {
+    let space = try HDF5Handle(H5Dget_space(dataset.id))
+    guard H5Sget_simple_extent_type(space.id) != H5S_NULL else {
+      throw HDF5Failure("has no shape (its dataspace is null)")
+    }
+    let rank = try HDF5Library.check(H5Sget_simple_extent_ndims(space.id))
+    var extent = [hsize_t](repeating: 0, count: Int(rank))
+    try HDF5Library.check(H5Sget_simple_extent_dims(space.id, &extent, nil))
+    return try extent.map { (dimension) throws(HDF5Failure) in
+      guard let dimension = Int(exactly: dimension) else {
+        throw HDF5Failure("has a dimension of \(dimension)")
+      }
+      return dimension
+    }
+  }
+
+  private func storage(of dataset: borrowing HDF5Handle) throws(HDF5Failure)
+    -> HDF5.Inventory.Storage
+  {
+    let creation = try HDF5Handle(H5Dget_create_plist(dataset.id))
+    guard try HDF5Library.check(H5Pget_external_count(creation.id)) == 0 else {
+      throw HDF5Failure("has its bytes in another file, which Smelt does not follow")
+    }
+    switch H5Pget_layout(creation.id) {
+    case H5D_CONTIGUOUS:
+      guard let offset = Int(exactly: H5Dget_offset(dataset.id)) else {
+        throw HDF5Failure("has a shape but no bytes: it was never written")
+      }
+      return .contiguous(at: offset)
+    case H5D_VIRTUAL:
+      throw HDF5Failure("is a view of other datasets, which Smelt does not follow")
+    default: throw HDF5Failure("is not stored contiguously")
+    }
+  }
+}
