@@ -34,7 +34,8 @@ struct Calibrate: ParsableCommand {
     let rows = reports.map {
       [$0.module, decimal($0.ridge), "\(decimal(100 * $0.routingAccuracy, 1)) %"]
     }
-    print(Table(columns: ["module", "ridge", "held-out routing"], rows: rows, rightAligned: [1, 2]))
+    print(
+      Table(columns: ["module", "ridge", "held-out routing"], rows: rows, rightAligned: [1, 2]))
     print("\(output): \(reports.count) routers calibrated, \(summary(of: calibration.manifest))")
   }
 }

@@ -14,7 +14,8 @@ struct Upscale: ParsableCommand {
 
   @OptionGroup var family: FamilyArguments
 
-  @Option(name: .shortAndLong, help: "The mixture to write; its ending names the format: \(Endings.all).")
+  @Option(
+    name: .shortAndLong, help: "The mixture to write; its ending names the format: \(Endings.all).")
   var output: String
 
   @Option(help: "Clean the task vectors first (AWD, arXiv 2411.18729): awd-row.")
@@ -61,12 +62,18 @@ struct Upscale: ParsableCommand {
   }
 
   private func say(_ upscaling: Upscaling, _ report: Upscaling.Report?) {
-    print("\(output): \(upscaling.family.experts.count) experts in \(upscaling.modules.count) MLP modules, \(summary(of: upscaling.manifest))")
+    print(
+      "\(output): \(upscaling.family.experts.count) experts in \(upscaling.modules.count) MLP modules, \(summary(of: upscaling.manifest))"
+    )
     if let taskVectors { print("\(taskVectors): \(summary(of: upscaling.taskVectorManifest))") }
     if let report {
-      print("mean |cos| of the task vectors: \(decimal(report.before.meanAbsoluteCosine)) before cleaning, \(decimal(report.after.meanAbsoluteCosine)) after")
+      print(
+        "mean |cos| of the task vectors: \(decimal(report.before.meanAbsoluteCosine)) before cleaning, \(decimal(report.after.meanAbsoluteCosine)) after"
+      )
     }
-    note("the routers are not calibrated yet: until 'smelt calibrate' this mixture equals task arithmetic")
+    note(
+      "the routers are not calibrated yet: until 'smelt calibrate' this mixture equals task arithmetic"
+    )
   }
 }
 

@@ -1,5 +1,4 @@
 public import Checkpoints
-import Foundation
 
 /// A tensor and its values, for tests that make small checkpoints.
 public struct SmallTensor {
@@ -30,9 +29,4 @@ extension Checkpoint {
     try sink.finish()
     return path
   }
-}
-
-/// The specification's deterministic filler: sin(0.9 i + 1.7 s + 0.13 s i).
-public func filler(_ s: Double, count: Int) -> [Double] {
-  (0..<count).map { sin(0.9 * Double($0) + 1.7 * s + 0.13 * s * Double($0)) }
 }

@@ -43,7 +43,8 @@ public struct Upscaling: Sendable {
         remedy: "known are \(known)")
     }
     let description = MixtureDescription(
-      experts: family.experts.map { $0.name }, form: options.cleaning == nil ? .pretrained : .shared,
+      experts: family.experts.map { $0.name },
+      form: options.cleaning == nil ? .pretrained : .shared,
       scaling: options.scaling, routerDepth: options.routerDepth, seed: options.seed,
       cleaning: options.cleaning?.description)
     manifest = Manifest(
