@@ -3,6 +3,8 @@ public protocol TensorSource: Sendable {
   /// The file or folder the tensors are in, as the user named it.
   var path: String { get }
   var manifest: Manifest { get }
+  /// What is odd about the checkpoint though no reason to refuse it, a sentence each.
+  var warnings: [String] { get }
 
   /// Fills `buffer` with the tensor's bytes from byte `offset` on.
   ///
@@ -10,9 +12,16 @@ public protocol TensorSource: Sendable {
   /// - Precondition: `tensor` is in `manifest` and the range lies within it.
   func read(_ tensor: TensorInfo, at offset: Int, into buffer: inout MutableRawSpan)
     throws(CheckpointError)
+
+  /// The checksum that was recorded when the tensor was written, if one was.
+  func recordedChecksum(of tensor: TensorInfo) -> TensorChecksum?
 }
 
 extension TensorSource {
+  public var warnings: [String] { [] }
+
+  public func recordedChecksum(of tensor: TensorInfo) -> TensorChecksum? { nil }
+
   /// The tensor of this name, or an error that says it is missing.
   public func tensor(_ name: String) throws(CheckpointError) -> TensorInfo {
     guard let tensor = manifest[name] else {
@@ -110,20 +119,25 @@ public enum Checkpoint {
     Safetensors.self
   ]
 
-  /// Opens a checkpoint; its first bytes, not its name, say what it is.
+  /// Opens a checkpoint, which may be a model's folder or the index of one; the first bytes of
+  /// any other file, not its name, say what it is.
   ///
   /// safetensors has no magic number, so whatever is nothing else is opened as safetensors,
   /// whose reader knows what the usual confusions look like and says so.
   public static func open(_ path: String) throws(CheckpointError) -> any TensorSource {
+    if isFolder(path) { return try ModelFolder.open(path) }
+    if path.hasSuffix(".index.json") { return try ModelFolder.openShards(path, as: path) }
     let beginning = try File(reading: path).beginning(16)
     let format = formats.first { $0.recognises(beginning) } ?? Safetensors.self
     return try format.open(path)
   }
 
-  /// Begins a checkpoint; the name's ending says which format it will be.
+  /// Begins a checkpoint; the name's ending says which format it will be. A name that ends in
+  /// a slash is that of a model's folder.
   public static func create(_ path: String, _ manifest: Manifest) throws(CheckpointError)
     -> any TensorSink
   {
+    if path.hasSuffix("/") { return try ModelFolder.create(path, manifest) }
     for format in formats
     where format.fileExtensions.contains(where: { path.lowercased().hasSuffix("." + $0) }) {
       return try format.create(path, manifest)
