@@ -52,7 +52,7 @@ struct CommandTests {
     let result = try smelt("inspect", "--json", folder("a.safetensors"))
     let json = try JSONSerialization.jsonObject(with: Data(result.output.utf8)) as? [String: Any]
     #expect(json?["bytes"] as? Int == 8)
-    #expect(json?["metadata"] as? [String: String] == ["k": "v"])
+    #expect(json?["metadata"] as? [String: String] == ["format": "pt", "k": "v"])
     let tensor = (json?["tensors"] as? [[String: Any]])?.first
     #expect(tensor?["name"] as? String == "a")
     #expect(tensor?["shape"] as? [Int] == [2])
