@@ -19,6 +19,7 @@ struct Convert: ParsableCommand {
 
   func run() throws {
     let source = try Checkpoint.open(input)
+    source.warnings.forEach(note)
     try refuse(writing: output, overInputs: [input])
     try Checkpoint.write(source, to: output, workers: resources.jobs)
     print("\(output): \(summary(of: source.manifest))")
