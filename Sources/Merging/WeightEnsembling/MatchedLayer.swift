@@ -7,7 +7,7 @@ struct MatchedLayer: Sendable {
   let experts: [MLPWeights]?
 
   /// How many rows of tokens go through the matrix products together.
-  private static let batch = 256
+  private static let batch = 512
 
   private var tokensPerSample: Int { tokens.rowCount / samples.tasks.count }
 
@@ -68,29 +68,33 @@ struct MatchedLayer: Sendable {
     return forms
   }
 
-  /// What a gate does on some of the samples.
-  func quality(of gate: Dense, _ rows: [Int]) -> OutputMatching.Quality {
-    let mixtures = gate(samples.features)
-    var (error, distance) = (0.0, 0.0)
+  /// What gates do on some of the samples.
+  func qualities(of gates: [Dense], _ rows: [Int]) -> [OutputMatching.Quality] {
+    let mixtures = gates.map { $0(samples.features) }
+    var errors = gates.map { _ in 0.0 }
+    var distance = 0.0
     for task in 0..<module.taskVectors.count {
       let expert = experts?[task] ?? module.expert(task)
       for batch in batches(rows.filter { samples.tasks[$0] == task }) {
         let inputs = tokens(of: batch)
-        let perToken = mixtures.rows(
-          batch.flatMap { repeatElement($0, count: tokensPerSample) })
         let wanted = expert(inputs, module.activation)
-        var outputs = module.outputs(inputs, mixtures: perToken)
         var base = module.base(inputs, module.activation)
-        outputs.subtract(wanted)
         base.subtract(wanted)
-        error += dotProduct(outputs.elements.span, outputs.elements.span)
         distance += dotProduct(base.elements.span, base.elements.span)
+        let tokenSamples = batch.flatMap { repeatElement($0, count: tokensPerSample) }
+        let outputs = module.outputs(inputs, mixtures: mixtures.map { $0.rows(tokenSamples) })
+        for (gate, var output) in outputs.enumerated() {
+          output.subtract(wanted)
+          errors[gate] += dotProduct(output.elements.span, output.elements.span)
+        }
       }
     }
-    let weights = mixtures.rows(rows)
-    return OutputMatching.Quality(
-      outputError: distance > 0 ? (error / distance).squareRoot() : 0,
-      routingAccuracy: routingAccuracy(weights.map { Double($0) }, rows.map { samples.tasks[$0] }))
+    return zip(mixtures, errors).map { mixtures, error in
+      OutputMatching.Quality(
+        outputError: distance > 0 ? (error / distance).squareRoot() : 0,
+        routingAccuracy: routingAccuracy(
+          mixtures.rows(rows).map { Double($0) }, rows.map { samples.tasks[$0] }))
+    }
   }
 }
 
@@ -103,19 +107,32 @@ extension WeightEnsemblingMLP {
   }
 
   /// The outputs for rows of tokens, each with a mixture of its own, without putting together
-  /// weights for every sample.
-  func outputs(_ tokens: Matrix<Float>, mixtures: Matrix<Float>) -> Matrix<Float> {
-    func mix(_ inputs: Matrix<Float>, _ part: KeyPath<MLPWeights, Dense>) -> Matrix<Float> {
-      var sum = base[keyPath: part](inputs)
-      for (expert, taskVector) in taskVectors.enumerated() {
-        let term = taskVector[keyPath: part](inputs)
-        for row in 0..<sum.rowCount {
-          let weight = mixtures[row, expert]
-          for column in 0..<sum.columnCount { sum[row, column] += weight * term[row, column] }
-        }
-      }
-      return sum
+  /// weights for every sample: one result for each choice of mixtures.
+  func outputs(_ tokens: Matrix<Float>, mixtures: [Matrix<Float>]) -> [Matrix<Float>] {
+    var sums = Array(repeating: base.fc1(tokens), count: mixtures.count)
+    for (task, taskVector) in taskVectors.enumerated() {
+      let term = taskVector.fc1(tokens)
+      for index in sums.indices { sums[index].add(term, rowScales: mixtures[index], task) }
     }
-    return mix(mix(tokens, \.fc1).map { activation($0) }, \.fc2)
+    return zip(sums, mixtures).map { sum, mixture in
+      let hidden = sum.map { activation($0) }
+      var output = base.fc2(hidden)
+      for (task, taskVector) in taskVectors.enumerated() {
+        output.add(taskVector.fc2(hidden), rowScales: mixture, task)
+      }
+      return output
+    }
+  }
+}
+
+extension Matrix where Scalar == Float {
+  /// Adds another matrix, each row as often as a column of `rowScales` says.
+  fileprivate mutating func add(_ other: Matrix, rowScales: Matrix, _ column: Int) {
+    for row in 0..<rowCount {
+      let scale = rowScales[row, column]
+      for index in row * columnCount..<(row + 1) * columnCount {
+        elements[index] += scale * other.elements[index]
+      }
+    }
   }
 }
