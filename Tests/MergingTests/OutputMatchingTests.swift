@@ -86,7 +86,8 @@ private struct SmallLayer {
     let layer = try SmallLayer(perTask: 2, tokensPerSample: 2)
     let mixtures = Matrix<Float>(rowCount: 2, columnCount: 3, elements: [0.3, -0.2, 1, 0, 0.5, 2])
     let inputs = layer.tokens.rows(0..<2)
-    let outputs = layer.module.outputs(inputs, mixtures: mixtures)
+    let zero = Matrix(rowCount: 2, columnCount: 3, repeating: Float(0))
+    let outputs = layer.module.outputs(inputs, mixtures: [zero, mixtures])[1]
     for row in 0..<2 {
       let exact = layer.module.weights(Array(mixtures[row: row]))(inputs.rows([row]), .gelu)
       for column in 0..<SmallLayer.width {
@@ -102,8 +103,8 @@ private struct SmallLayer {
       let isExact = module == layer.module
       let forms = MatchedLayer(
         samples: layer.samples, tokens: layer.tokens, module: module,
-        experts: (0..<3).map { layer.module.expert($0) }
-      ).quadraticForms(isExact: isExact)
+        experts: isExact ? nil : (0..<3).map { layer.module.expert($0) }
+      ).quadraticForms()
       for sample in 0..<6 {
         var point: [Float] = [0, 0, 0]
         point[sample % 3] = 1
@@ -133,7 +134,7 @@ private struct SmallLayer {
     let forms = MatchedLayer(
       samples: layer.samples, tokens: layer.tokens, module: layer.pruned(),
       experts: (0..<3).map { layer.module.expert($0) }
-    ).quadraticForms(isExact: false)
+    ).quadraticForms()
     let start = Matrix(rowCount: 24, columnCount: 3, repeating: Float(0.3))
     let path = GatePath(principal, forms, start: start)
     let rows = Array(0..<20)

@@ -1,0 +1,138 @@
+/// One layer's mixture with the inputs and experts to match.
+struct MatchedLayer: Sendable {
+  let samples: CalibrationSamples
+  let tokens: Matrix<Float>
+  let module: WeightEnsemblingMLP
+  /// The experts' MLPs, unless a one-hot mixture is the expert.
+  let experts: [MLPWeights]?
+
+  /// How many rows of tokens go through the matrix products together.
+  private static let batch = 512
+
+  private var tokensPerSample: Int { tokens.rowCount / samples.tasks.count }
+
+  private func tokens(of samples: ArraySlice<Int>) -> Matrix<Float> {
+    let count = tokensPerSample
+    return tokens.rows(samples.flatMap { $0 * count..<($0 + 1) * count })
+  }
+
+  private func batches(_ rows: [Int]) -> [ArraySlice<Int>] {
+    let size = max(1, Self.batch / tokensPerSample)
+    return stride(from: 0, to: rows.count, by: size).map { rows[$0..<min($0 + size, rows.count)] }
+  }
+
+  /// The losses at the one-hot mixtures, with their derivatives.
+  func quadraticForms() -> QuadraticForms {
+    let order = module.taskVectors.count
+    var forms = QuadraticForms(order: order, count: samples.tasks.count)
+    for task in 0..<order {
+      let mixed = module.expert(task)
+      let rows = samples.tasks.indices.filter { samples.tasks[$0] == task }
+      for sample in rows { forms.points[sample, task] = 1 }
+      for batch in batches(rows) {
+        let inputs = tokens(of: batch)
+        let sums = mixed.fc1(inputs)
+        let hidden = sums.map { module.activation($0) }
+        let slopes = sums.map { module.activation.derivative($0) }
+        var residuals: Matrix<Float>?
+        if let experts {
+          residuals = mixed.fc2(hidden)
+          residuals!.subtract(experts[task](inputs, module.activation))
+        }
+        let derivatives = module.taskVectors.map { taskVector in
+          var change = taskVector.fc1(inputs)
+          for index in change.elements.indices { change.elements[index] *= slopes.elements[index] }
+          var derivative = taskVector.fc2(hidden)
+          derivative.add(.plain(change), .transposed(mixed.fc2.weight))
+          return derivative
+        }
+        let rowLength = tokensPerSample * tokens.columnCount
+        for (index, sample) in batch.enumerated() {
+          let range = index * rowLength..<(index + 1) * rowLength
+          func product(_ left: Matrix<Float>, _ right: Matrix<Float>) -> Double {
+            dotProduct(
+              left.elements.span.extracting(range), right.elements.span.extracting(range))
+          }
+          for i in 0..<order {
+            for j in 0...i {
+              let value = product(derivatives[i], derivatives[j])
+              forms.curvatures[sample, i * order + j] = value
+              forms.curvatures[sample, j * order + i] = value
+            }
+            if let residuals { forms.slopes[sample, i] = product(derivatives[i], residuals) }
+          }
+          if let residuals { forms.constants[sample] = product(residuals, residuals) }
+        }
+      }
+    }
+    return forms
+  }
+
+  /// What gates do on some of the samples.
+  func qualities(of gates: [Dense], _ rows: [Int]) -> [OutputMatching.Quality] {
+    let mixtures = gates.map { $0(samples.features) }
+    var errors = gates.map { _ in 0.0 }
+    var distance = 0.0
+    for task in 0..<module.taskVectors.count {
+      let expert = experts?[task] ?? module.expert(task)
+      for batch in batches(rows.filter { samples.tasks[$0] == task }) {
+        let inputs = tokens(of: batch)
+        let wanted = expert(inputs, module.activation)
+        var base = module.base(inputs, module.activation)
+        base.subtract(wanted)
+        distance += dotProduct(base.elements.span, base.elements.span)
+        let tokenSamples = batch.flatMap { repeatElement($0, count: tokensPerSample) }
+        let outputs = module.outputs(inputs, mixtures: mixtures.map { $0.rows(tokenSamples) })
+        for (gate, var output) in outputs.enumerated() {
+          output.subtract(wanted)
+          errors[gate] += dotProduct(output.elements.span, output.elements.span)
+        }
+      }
+    }
+    return zip(mixtures, errors).map { mixtures, error in
+      OutputMatching.Quality(
+        outputError: distance > 0 ? (error / distance).squareRoot() : 0,
+        routingAccuracy: routingAccuracy(
+          mixtures.rows(rows).map { Double($0) }, rows.map { samples.tasks[$0] }))
+    }
+  }
+}
+
+extension WeightEnsemblingMLP {
+  /// θ₀ + τⱼ.
+  func expert(_ task: Int) -> MLPWeights {
+    var expert = base
+    expert.add(taskVectors[task], scale: 1)
+    return expert
+  }
+
+  /// The outputs for rows of tokens, each with a mixture of its own, without putting together
+  /// weights for every sample: one result for each choice of mixtures.
+  func outputs(_ tokens: Matrix<Float>, mixtures: [Matrix<Float>]) -> [Matrix<Float>] {
+    var sums = Array(repeating: base.fc1(tokens), count: mixtures.count)
+    for (task, taskVector) in taskVectors.enumerated() {
+      let term = taskVector.fc1(tokens)
+      for index in sums.indices { sums[index].add(term, rowScales: mixtures[index], task) }
+    }
+    return zip(sums, mixtures).map { sum, mixture in
+      let hidden = sum.map { activation($0) }
+      var output = base.fc2(hidden)
+      for (task, taskVector) in taskVectors.enumerated() {
+        output.add(taskVector.fc2(hidden), rowScales: mixture, task)
+      }
+      return output
+    }
+  }
+}
+
+extension Matrix where Scalar == Float {
+  /// Adds another matrix, each row as often as a column of `rowScales` says.
+  fileprivate mutating func add(_ other: Matrix, rowScales: Matrix, _ column: Int) {
+    for row in 0..<rowCount {
+      let scale = rowScales[row, column]
+      for index in row * columnCount..<(row + 1) * columnCount {
+        elements[index] += scale * other.elements[index]
+      }
+    }
+  }
+}
