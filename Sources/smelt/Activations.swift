@@ -62,7 +62,14 @@ struct TransformerArguments: ParsableArguments {
   @Option(help: "Heads of keys and values.")
   var keyValueHeads: Int?
 
-  @Option(help: ArgumentHelp("The MLPs' activation.", valueName: "name"))
+  @Option(
+    help: ArgumentHelp("The MLPs' activation, as a config.json names it.", valueName: "name"),
+    transform: { name in
+      guard let activation = Activation(configurationName: name) else {
+        throw ValidationError("there is no activation of this name")
+      }
+      return activation
+    })
   var activation: Activation?
 
   @Option(help: "What the norms add to a variance.")
@@ -109,8 +116,4 @@ struct TransformerArguments: ParsableArguments {
     let path = folder.appending(path: "config.json").path(percentEncoded: false)
     return FileManager.default.fileExists(atPath: path) ? path : nil
   }
-}
-
-extension Activation: @retroactive ExpressibleByArgument {
-  public init?(argument: String) { self.init(configurationName: argument) }
 }

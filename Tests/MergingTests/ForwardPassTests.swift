@@ -81,7 +81,7 @@ struct ForwardPassTests {
     }
   }
 
-  @Test(arguments: [1, 2], [100_000, 1 << 28])
+  @Test(arguments: [1, 2], [400_000, 1 << 28])
   func `workers and memory change no bit`(workers: Int, memory: Int) throws {
     let fixture = try Fixture("clip")
     let one = try record(fixture.pass(), fixture.inputs)

@@ -26,7 +26,8 @@ struct InputEmbedding: Sendable {
         file: weights.source.path, tensor: landmark.name,
         "has the shape \(landmark.shapeDescription): it is empty")
     }
-    width = landmark.rowLength
+    let width = landmark.rowLength
+    self.width = width
     let epsilon = configuration.normEpsilon ?? family.normEpsilon
     let normName: String? =
       switch family.embedding {
