@@ -17,7 +17,8 @@ struct Smelt: ParsableCommand {
       """,
     version: "0.1.0",
     subcommands: [
-      Inspect.self, Convert.self, Verify.self, Diff.self, Upscale.self, Calibrate.self, Pack.self,
+      Inspect.self, Convert.self, Verify.self, Diff.self, Upscale.self, Calibrate.self,
+      Activations.self, Pack.self, Unpack.self,
       Unpack.self,
     ])
 
