@@ -116,7 +116,7 @@ public protocol CheckpointFormat: SendableMetatype {
 /// The checkpoint formats that Smelt knows. A new one is a file and a line here.
 public enum Checkpoint {
   public static let formats: [any CheckpointFormat.Type] = [
-    Safetensors.self
+    Safetensors.self, PyTorch.self, NumPy.self,
   ]
 
   /// Opens a checkpoint, which may be a model's folder or the index of one; the first bytes of
