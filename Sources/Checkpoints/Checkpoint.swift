@@ -126,6 +126,8 @@ public enum Checkpoint {
     Safetensors.self,
     HDF5.self,
     Bundle.self,
+    NumPy.self,
+    PyTorch.self,
   ]
 
   /// Opens a checkpoint, which may be a model's folder or the index of one; the first bytes of
