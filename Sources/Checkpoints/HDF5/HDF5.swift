@@ -31,7 +31,7 @@ public enum HDF5: CheckpointFormat {
 
   public static func open(_ path: String) throws(CheckpointError) -> any TensorSource {
     let file = try MappedFile(path)
-    let contents = try Contents(proving: Inventory(reading: path), of: file)
+    let contents = try Contents(proving: inventory(path), of: file)
     if let offsets = contents.offsets {
       return FlatSource(file, contents.manifest, offsets: offsets)
     }
