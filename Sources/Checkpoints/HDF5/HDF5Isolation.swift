@@ -1,3 +1,4 @@
+import CLinux
 import Glibc
 import Synchronization
 
@@ -65,7 +66,7 @@ extension HDF5 {
     var done = 0
     while done < bytes.count {
       let put = bytes.withUnsafeBytes {
-        write(STDOUT_FILENO, $0.baseAddress! + done, bytes.count - done)
+        Glibc.write(STDOUT_FILENO, $0.baseAddress! + done, bytes.count - done)
       }
       if put < 0 && errno != EINTR { _exit(1) }
       done += max(put, 0)
