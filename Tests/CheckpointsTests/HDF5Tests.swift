@@ -31,14 +31,15 @@ struct HDF5Tests {
 
   static func noise(_ count: Int, seed: UInt64) -> [UInt8] {
     var random = SeededGenerator(seed: seed)
-    return (0..<count).map { _ in UInt8.random(in: 0...255, using: &random) }
+    let words = (0..<(count + 7) / 8).map { _ in random.next() }
+    return words.withUnsafeBytes { Array($0.prefix(count)) }
   }
 
   // MARK: - Types and shapes
 
   static let shapes: [[Int]] = [
-    [], [0], [8], [3, 8], [2, 0, 4], [1, 3, 5, 16], [0, 3], [3, 5, 7], [70_000], [3, 24_001, 2],
-    [1, 1, 200_000], Array(repeating: 1, count: 32) + [8], Array(repeating: 2, count: 17),
+    [], [0], [8], [3, 8], [2, 0, 4], [1, 3, 5, 16], [0, 3], [3, 5, 7], [66_000], [3, 12_001, 2],
+    Array(repeating: 1, count: 32) + [8], Array(repeating: 2, count: 12),
   ]
 
   @Test(arguments: DType.allCases, ways.indices)
@@ -139,7 +140,7 @@ struct HDF5Tests {
   func sample() throws -> String {
     var contents: [TensorInfo: [UInt8]] = [:]
     for (index, dtype) in DType.allCases.enumerated() {
-      for shape in [[], [0, 3], [5, 8], [3, 40_000]] {
+      for shape in [[], [0, 3], [5, 8], [3, 11_000]] {
         let name = "model.\(dtype.rawValue)/\(shape)"
         guard let tensor = try? TensorInfo(name: name, dtype: dtype, shape: shape) else { continue }
         contents[tensor] = Self.noise(tensor.byteCount, seed: UInt64(index))
@@ -168,10 +169,10 @@ struct HDF5Tests {
     #expect(FileManager.default.contentsEqual(atPath: folder("a.h5"), andPath: folder("b.h5")))
   }
 
-  @Test(arguments: [1, 2, 3] as [UInt64], ways.indices)
+  @Test(arguments: [1, 2] as [UInt64], ways.indices)
   func `pieces are written and read in any order and size`(seed: UInt64, way: Int) throws {
     var random = SeededGenerator(seed: seed)
-    let tensors = try [[1_500_001], [77, 9_001], [3, 400_000]].map {
+    let tensors = try [[700_001], [77, 4_001], [3, 300_000]].map {
       try TensorInfo(name: "\($0)", dtype: .bf16, shape: $0)
     }
     let contents = tensors.map { Self.noise($0.byteCount, seed: seed) }
@@ -180,7 +181,7 @@ struct HDF5Tests {
     for (index, tensor) in tensors.enumerated() {
       var start = 0
       while start < tensor.byteCount {
-        let end = min(tensor.byteCount, start + Int.random(in: 1...3_000_000, using: &random))
+        let end = min(tensor.byteCount, start + Int.random(in: 1...1_000_000, using: &random))
         pieces.append((index, start..<end))
         start = end
       }
@@ -219,10 +220,11 @@ struct HDF5Tests {
     let values = (0..<1 << 18).map { _ in Float.random(in: -1...1, using: &random) }
     for way in Self.ways.indices where Self.ways[way].compression != nil {
       for (bytes, limit) in [
-        (values.withUnsafeBytes { Array($0) }, 0.95), (Self.noise(1 << 20, seed: 2), 1.01),
+        (values.withUnsafeBytes { Array($0) }, 0.95), (Self.noise(1 << 20, seed: 2), 1.02),
       ] {
         _ = try written(Manifest([weights]), [bytes], Self.ways[way])
-        #expect(Double(try File(reading: folder("tensors.h5")).size()) < limit * 0x1p20)
+        let size = try File(reading: folder("tensors.h5")).size()
+        #expect(Double(size) < limit * 0x1p20, "\(size) bytes")
       }
     }
   }
@@ -242,6 +244,6 @@ struct HDF5Tests {
       to: URL(filePath: path))
     let error = #expect(throws: CheckpointError.self) { _ = try Checkpoint.open(path) }
     #expect(
-      error?.description == "\(path): libhdf5: unable to open file (bad superblock version number)")
+      error?.description == "\(path): libhdf5: unable to open file (bad byte number in an address)")
   }
 }
