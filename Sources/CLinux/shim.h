@@ -6,3 +6,6 @@ int sync_file_range(int fd, off_t offset, off_t count, unsigned int flags);
 int renameat2(int from_fd, const char *from, int to_fd, const char *to, unsigned int flags);
 static const unsigned int smelt_rename_exchange = 2; // RENAME_EXCHANGE
 static const unsigned int smelt_sync_file_range_write = 2; // SYNC_FILE_RANGE_WRITE
+
+// Likewise, from <unistd.h>.
+int pipe2(int ends[2], int flags);

@@ -23,6 +23,8 @@ struct Smelt: ParsableCommand {
     ])
 
   static func main() {
+    // A stranger's HDF5 file can crash libhdf5; it shall not crash the command.
+    HDF5.isolateLibrary()
     cleanUpOnSignals()
     Self.main(nil)
   }

@@ -30,8 +30,15 @@ public enum HDF5: CheckpointFormat {
   }
 
   public static func open(_ path: String) throws(CheckpointError) -> any TensorSource {
+    try source(inventory(path), path)
+  }
+
+  /// The tensors that an inventory names, once it has been proven right.
+  static func source(_ inventory: Inventory, _ path: String) throws(CheckpointError)
+    -> any TensorSource
+  {
     let file = try MappedFile(path)
-    let contents = try Contents(proving: Inventory(reading: path), of: file)
+    let contents = try Contents(proving: inventory, of: file)
     if let offsets = contents.offsets {
       return FlatSource(file, contents.manifest, offsets: offsets)
     }
@@ -42,6 +49,14 @@ public enum HDF5: CheckpointFormat {
     -> any TensorSink
   {
     try create(path, manifest, Options())
+  }
+
+  public static func write(
+    _ source: any TensorSource, to path: String, _ options: Options, workers: Int
+  ) throws {
+    let sink = try create(path, source.manifest, options)
+    try source.copy(into: sink, workers: workers)
+    try sink.finish()
   }
 
   public static func create(_ path: String, _ manifest: Manifest, _ options: Options)
