@@ -18,10 +18,16 @@ public enum HDF5: CheckpointFormat {
     public var layout: Layout
     /// Without, tensors lie in the file as they are.
     public var compression: Compression?
+    /// What to record of every tensor, to find damage later.
+    public var checksums: TensorChecksum.Algorithm?
 
-    public init(layout: Layout = .flat, compression: Compression? = nil) {
+    public init(
+      layout: Layout = .flat, compression: Compression? = nil,
+      checksums: TensorChecksum.Algorithm? = .xxh3
+    ) {
       self.layout = layout
       self.compression = compression
+      self.checksums = checksums
     }
   }
 
@@ -40,7 +46,8 @@ public enum HDF5: CheckpointFormat {
     let file = try MappedFile(path)
     let contents = try Contents(proving: inventory, of: file)
     if let offsets = contents.offsets {
-      return FlatSource(file, contents.manifest, offsets: offsets)
+      return FlatSource(
+        file, contents.manifest, offsets: offsets, checksums: contents.checksums)
     }
     return try HDF5Source(path, contents)
   }
@@ -65,13 +72,17 @@ public enum HDF5: CheckpointFormat {
     let pending = try PendingFile(for: path)
     let paths = paths(for: manifest.tensors.map { $0.name }, layout: options.layout)
     do {
-      let offsets = try layOut(manifest, at: paths, in: pending, options.compression)
+      let (offsets, rows) = try layOut(manifest, at: paths, in: pending, options)
       if let compression = options.compression {
-        return try HDF5ChunkedSink(pending, manifest, compression, paths, offsets: offsets)
+        return try HDF5ChunkedSink(pending, manifest, compression, paths, offsets: offsets, rows)
       }
       let file = try pending.open()
       try file.preallocate(file.size())
-      return try FlatSink(pending, manifest, offsets: offsets.map { $0! })
+      return try FlatSink(
+        pending, manifest, offsets: offsets.map { $0! }, checksums: options.checksums
+      ) { (file, checksums) throws(CheckpointError) in
+        try rows?.write(checksums, of: manifest, to: file)
+      }
     } catch {
       throw CheckpointError(
         file: path, tensor: error.tensor, error.problem, remedy: error.remedy)
@@ -79,22 +90,23 @@ public enum HDF5: CheckpointFormat {
   }
 
   /// Makes a file that lacks only the tensors' bytes.
-  /// - Returns: where in the file the bytes of each tensor belong; nil for those in chunks.
+  /// - Returns: where in the file the bytes of each tensor belong, nil for those in chunks;
+  ///   and where the checksums do.
   private static func layOut(
-    _ manifest: Manifest, at paths: [String], in pending: PendingFile, _ compression: Compression?
-  ) throws(CheckpointError) -> [Int?] {
+    _ manifest: Manifest, at paths: [String], in pending: PendingFile, _ options: Options
+  ) throws(CheckpointError) -> ([Int?], ChecksumRows?) {
     do throws(HDF5Failure) {
       return try HDF5Library.withLock { () throws(HDF5Failure) in
         var writer = try HDF5Writer(pending.temporaryPath)
-        try writer.writeMetadata(of: manifest)
+        let rows = try writer.writeMetadata(of: manifest, options.checksums)
         var offsets: [Int?] = []
         for (tensor, path) in zip(manifest.tensors, paths) {
           do throws(HDF5Failure) {
-            offsets.append(try writer.add(tensor, at: path, compression))
+            offsets.append(try writer.add(tensor, at: path, options.compression))
           } catch { throw error.of(tensor.name) }
         }
         try writer.close()
-        return offsets
+        return (offsets, rows)
       }
     } catch { throw error.error(file: pending.destination) }
   }
