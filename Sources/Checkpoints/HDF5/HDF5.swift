@@ -14,23 +14,6 @@ public enum HDF5: CheckpointFormat {
   /// Where datasets go: side by side in the root group, or in groups split at the names' dots.
   public enum Layout: String, CaseIterable, Sendable { case flat, tree }
 
-  public struct Options: Sendable {
-    public var layout: Layout
-    /// Without, tensors lie in the file as they are.
-    public var compression: Compression?
-    /// What to record of every tensor, to find damage later.
-    public var checksums: TensorChecksum.Algorithm?
-
-    public init(
-      layout: Layout = .flat, compression: Compression? = nil,
-      checksums: TensorChecksum.Algorithm? = .xxh3
-    ) {
-      self.layout = layout
-      self.compression = compression
-      self.checksums = checksums
-    }
-  }
-
   public static func recognises(_ beginning: [UInt8]) -> Bool {
     beginning.starts(with: [0x89, 0x48, 0x44, 0x46, 0x0D, 0x0A, 0x1A, 0x0A])
   }
@@ -52,21 +35,7 @@ public enum HDF5: CheckpointFormat {
     return try HDF5Source(path, contents)
   }
 
-  public static func create(_ path: String, _ manifest: Manifest) throws(CheckpointError)
-    -> any TensorSink
-  {
-    try create(path, manifest, Options())
-  }
-
-  public static func write(
-    _ source: any TensorSource, to path: String, _ options: Options, workers: Int
-  ) throws {
-    let sink = try create(path, source.manifest, options)
-    try source.copy(into: sink, workers: workers)
-    try sink.finish()
-  }
-
-  public static func create(_ path: String, _ manifest: Manifest, _ options: Options)
+  public static func create(_ path: String, _ manifest: Manifest, _ options: WritingOptions)
     throws(CheckpointError) -> any TensorSink
   {
     let pending = try PendingFile(for: path)
@@ -93,7 +62,7 @@ public enum HDF5: CheckpointFormat {
   /// - Returns: where in the file the bytes of each tensor belong, nil for those in chunks;
   ///   and where the checksums do.
   private static func layOut(
-    _ manifest: Manifest, at paths: [String], in pending: PendingFile, _ options: Options
+    _ manifest: Manifest, at paths: [String], in pending: PendingFile, _ options: WritingOptions
   ) throws(CheckpointError) -> ([Int?], ChecksumRows?) {
     do throws(HDF5Failure) {
       return try HDF5Library.withLock { () throws(HDF5Failure) in

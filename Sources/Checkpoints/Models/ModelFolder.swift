@@ -55,6 +55,15 @@ public enum ModelFolder {
 // MARK: - Writing
 
 extension ModelFolder {
+  /// Begins a folder as the options have it.
+  static func create(_ path: String, _ manifest: Manifest, _ options: WritingOptions)
+    throws(CheckpointError) -> any TensorSink
+  {
+    try create(
+      path, manifest, shardSize: options.shardSize, sideFilesOf: options.sideFilesOf,
+      replacing: options.isReplacing, checksums: options.checksums)
+  }
+
   /// Begins a folder of safetensors files of at most `shardSize` bytes of tensors each.
   ///
   /// Tensors fill the files in order; one that is larger has its own. What fits one file is

@@ -47,8 +47,8 @@ public enum PyTorch: CheckpointFormat {
     return try PyTorchSource(archive, folder: folder, unpickler, root)
   }
 
-  public static func create(_ path: String, _ manifest: Manifest) throws(CheckpointError)
-    -> any TensorSink
+  public static func create(_ path: String, _ manifest: Manifest, _ options: WritingOptions)
+    throws(CheckpointError) -> any TensorSink
   {
     throw CheckpointError(
       file: path, "would be a PyTorch file, which Smelt only reads", remedy: "write safetensors")
