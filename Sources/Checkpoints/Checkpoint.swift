@@ -185,7 +185,7 @@ public enum Checkpoint {
     let endings = formats.flatMap { $0.fileExtensions }.map { "." + $0 }
     throw CheckpointError(
       file: path, "has no ending that names a format",
-      remedy: "end it in one of \(endings.joined(separator: ", "))")
+      remedy: "end it in one of \(endings.joined(separator: ", ")), or in / for a model's folder")
   }
 
   /// Writes everything a source holds to a new checkpoint, byte for byte; the path says what it
