@@ -48,6 +48,9 @@ public final class BundleSource: TensorSource {
     return BundleSource(file, model: model)
   }
 
+  /// How everything in the bundle is coded.
+  var recipe: Bundle.Recipe { file.recipe }
+
   /// How many bytes of the file have been read since it was opened.
   public var bytesRead: Int { file.frames.bytesRead.load(ordering: .relaxed) }
 
