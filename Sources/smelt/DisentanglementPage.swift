@@ -5,6 +5,7 @@ import Merging
 /// The report of a disentanglement as a page with pictures, complete in one file.
 struct DisentanglementPage {
   private let summary: DisentanglementSummary
+  private var isByRow: Bool { summary.cleaning.method.scope == .row }
 
   init(_ summary: DisentanglementSummary) { self.summary = summary }
 
@@ -40,7 +41,7 @@ struct DisentanglementPage {
       </div>
       <h2>Norm that each task keeps, in %</h2>
       \(retainedNorms)
-      <h2>Mean |cos| of each layer, before (pale) and after</h2>
+      <h2>Mean |cos| between \(isByRow ? "rows" : "task vectors") of each layer, before (pale) and after</h2>
       \(bars)
       </main>
       </html>
@@ -71,7 +72,10 @@ struct DisentanglementPage {
     let rows = gram.cosineRows
     return Grid(rows: names, columns: names).svg { row, column in
       let cosine = rows[row][column]
-      return (cosine >= 0 ? "same" : "opposite", min(1, abs(cosine)), decimal(cosine, 2))
+      // The root shows small cosines, which are the usual ones.
+      return (
+        cosine >= 0 ? "same" : "opposite", min(1, abs(cosine)).squareRoot(), decimal(cosine, 2)
+      )
     }
   }
 
@@ -92,20 +96,21 @@ struct DisentanglementPage {
   private var bars: String {
     let parts = parts
     let label = Grid.labelWidth(parts.map { $0.name })
-    let isByRow = summary.cleaning.method.scope == .row
-    var lines: [String] = []
-    for (index, part) in parts.enumerated() {
-      let y = index * 22
+    let cosines = parts.map { part in
       let report = part.report
-      let cosines =
-        isByRow
+      return isByRow
         ? (report.meanCosineBefore, report.meanCosineAfter)
         : (report.before.meanAbsoluteCosine, report.after.meanAbsoluteCosine)
+    }
+    let scale = 400 / max(1e-9, cosines.map { max($0.0, $0.1) }.max() ?? 1)
+    var lines: [String] = []
+    for (index, (part, cosines)) in zip(parts, cosines).enumerated() {
+      let y = index * 22
       lines.append(
         """
         <text x="\(label - 8)" y="\(y + 15)" text-anchor="end">\(escaped(part.name))</text>\
-        <rect x="\(label)" y="\(y + 2)" width="\(decimal(400 * cosines.0, 1))" height="18" class="same" fill-opacity="0.25"/>\
-        <rect x="\(label)" y="\(y + 6)" width="\(decimal(400 * cosines.1, 1))" height="10" class="same"/>\
+        <rect x="\(label)" y="\(y + 2)" width="\(decimal(scale * cosines.0, 1))" height="18" class="same" fill-opacity="0.25"/>\
+        <rect x="\(label)" y="\(y + 6)" width="\(decimal(scale * cosines.1, 1))" height="10" class="same"/>\
         <text x="\(label + 408)" y="\(y + 15)">\(decimal(cosines.0)) → \(decimal(cosines.1))</text>
         """)
     }

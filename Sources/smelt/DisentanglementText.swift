@@ -11,7 +11,7 @@ struct DisentanglementText: CustomStringConvertible, Encodable {
     let isByRow = summary.cleaning.method.scope == .row
     let columns =
       ["", isByRow ? "rows" : "groups", "|cos|", "cleaned"]
-      + (isByRow ? ["of a row", "cleaned"] : []) + ["redundant"] + summary.experts
+      + (isByRow ? ["by row", "cleaned"] : []) + ["redundant"] + summary.experts
     func row(_ name: String, _ report: DisentanglementReport) -> [String] {
       [name, "\(report.groups)"]
         + [report.before.meanAbsoluteCosine, report.after.meanAbsoluteCosine].map { decimal($0) }

@@ -81,7 +81,7 @@ extension DisentanglementSummary {
     guard whole.idleGroups > 0 else { return nil }
     let share =
       whole.idleGroups == whole.groups
-      ? "nothing was cleaned" : "\(whole.idleGroups) of \(whole.groups) groups were not cleaned"
+      ? "nothing was cleaned" : "\(whole.idleGroups) of \(whole.groups) \(noun) were not cleaned"
     let threshold = whole.thresholds
     let range =
       threshold.lowerBound == threshold.upperBound
@@ -103,7 +103,7 @@ extension DisentanglementSummary {
   private func unsolvable(_ whole: DisentanglementReport) -> String? {
     guard whole.unsolvableGroups > 0 else { return nil }
     return
-      "\(whole.unsolvableGroups) of \(whole.groups) groups were left as they are: their weights are not all finite numbers"
+      "\(whole.unsolvableGroups) of \(whole.groups) \(noun) were left as they are: their weights are not all finite numbers"
   }
 
   private func degenerate(_ whole: DisentanglementReport) -> [String] {
@@ -131,9 +131,12 @@ extension DisentanglementSummary {
           "\(name) keeps only \(fixed(retained)) of its norm: more than redundancy was taken out of it"
       }
       guard groups > 0 else { return nil }
-      return "\(name) keeps less than 0.7 of its norm in \(groups) of \(whole.groups) groups"
+      return "\(name) keeps less than 0.7 of its norm in \(groups) of \(whole.groups) \(noun)"
     }
   }
+
+  /// What the groups are.
+  private var noun: String { cleaning.method.scope == .row ? "rows" : "groups" }
 
   private func short(_ value: Double) -> String { shown(value, significant: 3) }
   private func fixed(_ value: Double) -> String { shown(value, significant: 4) }

@@ -96,6 +96,8 @@ extension Tile {
     other.clear(row: row)
     for group in 0..<vectors.groupCount {
       let columns = vectors.columns(of: group)
+      // Nothing is taken out, also of what is no number: 0 · NaN would spread.
+      guard vectors.coefficients(of: group).contains(where: { $0 != 0 }) else { continue }
       for (expert, coefficient) in vectors.coefficients(of: group).enumerated() {
         other.add(
           self, row: first + expert, to: row, times: Float(coefficient), columns: columns)
