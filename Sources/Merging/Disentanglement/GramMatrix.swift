@@ -55,7 +55,9 @@ public struct GramMatrix: Equatable, Sendable {
     let scales = (0..<order).map { self[$0, $0] > 0 ? 1 / self[$0, $0].squareRoot() : 0 }
     var result = self
     for i in 0..<order {
-      for j in 0..<order { result.elements[i * order + j] *= scales[i] * scales[j] }
+      for j in 0..<order {
+        result[i, j] = i == j && scales[i] > 0 ? 1 : result[i, j] * scales[i] * scales[j]
+      }
     }
     return result
   }
