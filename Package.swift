@@ -23,7 +23,8 @@ let package = Package(
     .target(
       name: "Checkpoints",
       dependencies: ["CLinux", "CHDF5", "CZstd", "CZlib", "CXXHash", "CCrypto"]),
-    .target(name: "Merging", dependencies: ["Checkpoints", "COpenBLAS"]),
+    .target(name: "CKernels"),
+    .target(name: "Merging", dependencies: ["Checkpoints", "COpenBLAS", "CKernels"]),
     .executableTarget(
       name: "smelt",
       dependencies: [
@@ -39,7 +40,7 @@ let package = Package(
   swiftLanguageModes: [.v6]
 )
 
-for target in package.targets where target.type != .system {
+for target in package.targets where target.type != .system && target.name != "CKernels" {
   target.swiftSettings = [
     .treatAllWarnings(as: .error),
     .enableUpcomingFeature("ExistentialAny"),

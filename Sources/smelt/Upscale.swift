@@ -18,8 +18,7 @@ struct Upscale: ParsableCommand {
     name: .shortAndLong, help: "The mixture to write; its ending names the format: \(Endings.all).")
   var output: String
 
-  @Option(help: "Clean the task vectors first (AWD, arXiv 2411.18729): awd-row.")
-  var clean: CleaningPreset?
+  @OptionGroup var cleaning: CleaningArguments
 
   @Option(help: "Also write the task vectors, cleaned if so asked: NAME/tensor for each expert.")
   var taskVectors: String?
@@ -47,7 +46,7 @@ struct Upscale: ParsableCommand {
     options.scaling = scaling
     options.routerDepth = routerDepth
     options.seed = seed
-    options.cleaning = clean?.disentanglement
+    options.cleaning = try cleaning.cleaning(or: nil)
     let upscaling = try Upscaling(family.open(), options)
     for output in [output] + (taskVectors.map { [$0] } ?? []) {
       try refuse(writing: output, overInputs: family.paths)
@@ -61,28 +60,20 @@ struct Upscale: ParsableCommand {
     say(upscaling, report)
   }
 
-  private func say(_ upscaling: Upscaling, _ report: Upscaling.Report?) {
+  private func say(_ upscaling: Upscaling, _ report: DisentanglementSummary?) {
     print(
       "\(output): \(upscaling.family.experts.count) experts in \(upscaling.modules.count) MLP modules, \(summary(of: upscaling.manifest))"
     )
     if let taskVectors { print("\(taskVectors): \(summary(of: upscaling.taskVectorManifest))") }
     if let report {
+      let whole = report.whole
       print(
-        "mean |cos| of the task vectors: \(decimal(report.before.meanAbsoluteCosine)) before cleaning, \(decimal(report.after.meanAbsoluteCosine)) after"
+        "mean |cos| of the task vectors: \(decimal(whole.before.meanAbsoluteCosine)) before cleaning, \(decimal(whole.after.meanAbsoluteCosine)) after"
       )
+      for warning in report.warnings { note(warning) }
     }
     note(
       "the routers are not calibrated yet: until 'smelt calibrate' this mixture equals task arithmetic"
     )
-  }
-}
-
-enum CleaningPreset: String, ExpressibleByArgument, CaseIterable {
-  case awdRow = "awd-row"
-
-  var disentanglement: AdaptiveWeightDisentanglement {
-    switch self {
-    case .awdRow: .row
-    }
   }
 }

@@ -69,6 +69,12 @@ extension Tile {
     _ = buffer(row).update(from: other.buffer(otherRow))
   }
 
+  /// self[row] = self[other]
+  mutating func copyRow(_ row: Int, fromRow other: Int) {
+    precondition(row != other)
+    _ = buffer(row).update(from: buffer(other))
+  }
+
   /// self[row] −= self[other]
   mutating func subtract(row other: Int, from row: Int) {
     precondition(row != other)
@@ -86,10 +92,21 @@ extension Tile {
     for i in columns { target[i] -= source[i] }
   }
 
-  /// self[0] += weight · other[row], in some columns only
-  mutating func add(_ other: borrowing Tile, row: Int, times weight: Float, columns: Range<Int>) {
-    let target = buffer(0)
-    let source = other.buffer(row)
+  /// self[row] += other[otherRow]
+  mutating func add(_ other: borrowing Tile, row otherRow: Int, to row: Int) {
+    precondition(columns == other.columns)
+    let target = buffer(row)
+    let source = other.buffer(otherRow)
+    for i in 0..<columns { target[i] += source[i] }
+  }
+
+  /// self[row] += weight · other[otherRow], in some columns only
+  mutating func add(
+    _ other: borrowing Tile, row otherRow: Int, to row: Int, times weight: Float,
+    columns: Range<Int>
+  ) {
+    let target = buffer(row)
+    let source = other.buffer(otherRow)
     for i in columns { target[i] += weight * source[i] }
   }
 }

@@ -14,7 +14,7 @@ public struct Upscaling: Sendable {
     public var routerDepth = 2
     public var seed: UInt64 = 0
     /// Cleans the task vectors first; the mixture is then in the shared form.
-    public var cleaning: AdaptiveWeightDisentanglement?
+    public var cleaning: Cleaning?
 
     public init() {}
   }
@@ -103,40 +103,42 @@ extension TransformerMLP.Member {
 // MARK: - Running
 
 extension Upscaling {
-  /// What was found out on the way.
-  public struct Report: Sendable {
-    /// Inner products of the task vectors, all cleaned tensors together, before cleaning.
-    public fileprivate(set) var before: GramMatrix
-    /// The same after cleaning.
-    public fileprivate(set) var after: GramMatrix
-  }
-
   /// Writes the mixture and, if asked, the task vectors.
   ///
   /// - Parameter memory: bytes that all workers' tiles take together.
-  /// - Returns: the report of the cleaning, or `nil` without cleaning.
+  /// - Returns: what the cleaning did, or `nil` without cleaning.
   @discardableResult
   public func run(
     into mixture: any TensorSink, taskVectors: (any TensorSink)? = nil, memory: Int, workers: Int
-  ) throws -> Report? {
+  ) throws -> DisentanglementSummary? {
     let pipeline = Pipeline(
       from: family.sources, into: [mixture] + (taskVectors.map { [$0] } ?? []), memory: memory,
       workers: workers)
-    let steps = family.base.manifest.tensors.filter { $0.dtype.isArithmetic }.flatMap {
-      self.steps(for: $0, withTaskVectors: taskVectors != nil)
+    func write(_ parts: [(tensor: TensorInfo, cleaning: TensorCleaning)]) throws
+      -> [TensorFindings]
+    {
+      let steps = parts.map { self.steps(for: $0.tensor, $0.cleaning, taskVectors != nil) }
+      let findings = try pipeline.run(steps.flatMap { $0 })
+      return fold(findings, steps.map { $0.count }) { $0 += $1 }
+        .map { $0 ?? TensorFindings(experts: family.experts.count) }
     }
-    let summaries = try pipeline.run(steps)
+    let summary: DisentanglementSummary?
+    if let cleaning = options.cleaning {
+      summary = try cleaning.run(
+        on: family, grams: nil, memory: memory, workers: workers, write: write)
+    } else {
+      let tensors = family.base.manifest.tensors.filter { $0.dtype.isArithmetic }
+      _ = try write(tensors.map { ($0, .none) })
+      summary = nil
+    }
     try copyTheRest(into: mixture)
     try writeRouters(into: mixture)
-    guard options.cleaning != nil else { return nil }
-    let none = GramMatrix(order: family.experts.count)
-    return summaries.reduce(into: Report(before: none, after: none)) { report, summary in
-      report.before += summary.before
-      report.after += summary.after
-    }
+    return summary
   }
 
-  private func steps(for tensor: TensorInfo, withTaskVectors: Bool) -> [Step<UpscalingOperation>] {
+  private func steps(
+    for tensor: TensorInfo, _ cleaning: TensorCleaning, _ withTaskVectors: Bool
+  ) -> [Step<UpscalingOperation>] {
     let experts = family.experts
     let member = TransformerMLP.member(tensor.name)
     var outputs: [(file: Int, tensor: TensorInfo)]
@@ -149,12 +151,9 @@ extension Upscaling {
     if withTaskVectors {
       outputs += experts.map { (1, taskVectorManifest["\($0.name)/\(tensor.name)"]!) }
     }
-    let isCleaned = options.cleaning != nil && AdaptiveWeightDisentanglement.cleansRows(of: tensor)
     let operation = UpscalingOperation(
       experts: experts.count, isModule: member != nil, writesTaskVectors: withTaskVectors,
-      scaling: options.scaling, storedType: tensor.dtype,
-      cleaning: isCleaned ? options.cleaning : nil, rowLength: tensor.rowLength,
-      rowCount: tensor.rowLength == 0 ? 0 : tensor.elementCount / tensor.rowLength)
+      scaling: options.scaling, storedType: tensor.dtype, cleaning: cleaning)
     return Step.covering(family.places(of: tensor), outputs: outputs, with: operation)
   }
 
@@ -180,38 +179,26 @@ extension Upscaling {
 /// Out come the merged tensor, or for an MLP the module's base and task vectors; behind them,
 /// if they are asked for, the task vectors as such.
 private struct UpscalingOperation: TileOperation {
-  struct Summary: Sendable {
-    var before: GramMatrix
-    var after: GramMatrix
-  }
-
   let experts: Int
   let isModule: Bool
   let writesTaskVectors: Bool
   let scaling: Float
   let storedType: DType
-  let cleaning: AdaptiveWeightDisentanglement?
-  let rowLength: Int
-  let rowCount: Int
+  let cleaning: TensorCleaning
 
-  var grain: Int { cleaning == nil ? 1 : rowLength }
+  var grain: Int { cleaning.grain }
 
-  func makeSummary() -> Summary {
-    Summary(before: GramMatrix(order: experts), after: GramMatrix(order: experts))
-  }
+  func makeSummary() -> TensorFindings { TensorFindings(experts: experts) }
 
-  func apply(_ input: inout Tile, into output: inout Tile, summary: inout Summary) {
+  func apply(_ input: inout Tile, into output: inout Tile, summary: inout TensorFindings) {
     if isModule {
       for row in 1...experts { output.copyRow(row, from: input, row) }
     }
     for row in 1...experts { input.subtract(row: 0, from: row) }
     // Row 0 of the output holds the redundant vector until the result takes its place.
-    output.clear(row: 0)
-    if let cleaning {
-      for begin in stride(from: 0, to: input.columns, by: rowLength) {
-        clean(begin..<begin + rowLength, of: &input, output: &output, by: cleaning, &summary)
-      }
-    }
+    let vectors = cleaning.redundantVectors(
+      in: input, from: 1, experts: experts, findings: &summary)
+    input.takeOut(vectors, from: 1, keeping: &output, row: 0)
     if writesTaskVectors {
       let first = isModule ? experts + 1 : 1
       for expert in 0..<experts { output.copyRow(first + expert, from: input, expert + 1) }
@@ -228,34 +215,5 @@ private struct UpscalingOperation: TileOperation {
       for row in 1..<experts { add(input[row + 1], times: 1, into: &result) }
       scale(&result, by: scaling, onto: input[0])
     }
-  }
-
-  /// Takes the redundant vector of one row out of the task vectors.
-  private func clean(
-    _ row: Range<Int>, of input: inout Tile, output: inout Tile,
-    by cleaning: AdaptiveWeightDisentanglement, _ summary: inout Summary
-  ) {
-    var gram = GramMatrix(order: experts)
-    gram.add(
-      input.rows(from: 1).extracting(droppingFirst: row.lowerBound), stride: input.capacity,
-      columns: row.count)
-    let solution = cleaning.solve(gram, rowCount: rowCount)
-    for expert in 0..<experts {
-      output.add(
-        input, row: expert + 1, times: Float(solution.coefficients[expert]), columns: row)
-    }
-    for expert in 0..<experts { input.subtract(output, row: 0, from: expert + 1, columns: row) }
-    summary.before += gram
-    summary.after += CleanedProducts(gram, solution.coefficients).products
-  }
-}
-
-extension AdaptiveWeightDisentanglement {
-  /// Whether the row scope cleans this tensor: weight matrices, but not embeddings and heads;
-  /// biases and norms are left as they are.
-  static func cleansRows(of tensor: TensorInfo) -> Bool {
-    let name = tensor.name.lowercased()
-    let excluded = ["embed", "wte", "wpe", "head", "classifier"]
-    return tensor.shape.count == 2 && !excluded.contains { name.contains($0) }
   }
 }
