@@ -18,7 +18,7 @@ struct Smelt: ParsableCommand {
     version: "0.1.0",
     subcommands: [
       Inspect.self, Convert.self, Verify.self, Diff.self, Upscale.self, Calibrate.self,
-      Activations.self, Disentangle.self, Gram.self, Pack.self, Unpack.self,
+      RecordActivations.self, Disentangle.self, Gram.self, Pack.self, Unpack.self,
     ])
 
   static func main() {
