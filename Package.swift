@@ -8,7 +8,8 @@ let package = Package(
     .library(name: "Smelt", targets: ["Checkpoints", "Merging"]),
   ],
   dependencies: [
-    .package(url: "https://github.com/apple/swift-argument-parser", from: "1.8.2")
+    .package(url: "https://github.com/apple/swift-argument-parser", from: "1.8.2"),
+    .package(url: "https://github.com/jpsim/Yams", from: "6.2.2"),
   ],
   targets: [
     .systemLibrary(name: "CLinux"),
@@ -24,7 +25,11 @@ let package = Package(
       name: "Checkpoints",
       dependencies: ["CLinux", "CHDF5", "CZstd", "CZlib", "CXXHash", "CCrypto"]),
     .target(name: "CKernels"),
-    .target(name: "Merging", dependencies: ["Checkpoints", "COpenBLAS", "CKernels"]),
+    .target(
+      name: "Merging",
+      dependencies: [
+        "Checkpoints", "COpenBLAS", "CKernels", .product(name: "Yams", package: "Yams"),
+      ]),
     .executableTarget(
       name: "smelt",
       dependencies: [

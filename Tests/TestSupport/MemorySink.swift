@@ -1,0 +1,33 @@
+public import Checkpoints
+import Synchronization
+
+/// Tensors written to memory.
+public final class MemorySink: TensorSink {
+  public let manifest: Manifest
+  private let bytes: Mutex<[[UInt8]]>
+
+  public init(_ tensors: [TensorInfo]) {
+    manifest = Manifest(tensors)
+    bytes = Mutex(tensors.map { Array(repeating: 0, count: $0.byteCount) })
+  }
+
+  public func write(_ span: RawSpan, of tensor: TensorInfo, at offset: Int) throws(CheckpointError)
+  {
+    let new = span.withUnsafeBytes { Array($0) }
+    let index = manifest.position(of: tensor.name)!
+    bytes.withLock { $0[index].replaceSubrange(offset..<offset + new.count, with: new) }
+  }
+
+  public func finish() throws(CheckpointError) {}
+
+  public func bytes(of tensor: TensorInfo) -> [UInt8] {
+    bytes.withLock { $0[manifest.position(of: tensor.name)!] }
+  }
+
+  public func floats(of tensor: TensorInfo) -> [Float] {
+    var values = [Float](repeating: 0, count: tensor.elementCount)
+    var span = values.mutableSpan
+    tensor.dtype.decode(bytes(of: tensor).span.bytes, into: &span)
+    return values
+  }
+}
