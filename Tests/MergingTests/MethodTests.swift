@@ -86,9 +86,9 @@ struct MethodTests {
   /// Steps of 0, 64 and 4: no ties, many, and hardly anything else.
   @Test(arguments: [0, 64, 4] as [Float], [0.001, 0.2, 0.5, 0.9])
   func `TIES keeps exactly the largest, lowest index first`(steps: Float, density: Double) throws {
-    let count = 40_000
+    let count = 34_000
     let values = Self.values(count, models: 3, seed: 7, steps: steps)
-    var merge = merge("ties", values, shape: [100, 400])
+    var merge = merge("ties", values, shape: [100, 340])
     merge.perModel["density"] = [density, density, 1]
     let kept = max(1, Int(density * Double(count)))
     let deltas = values[1...].enumerated().map { index, model in
@@ -102,7 +102,7 @@ struct MethodTests {
   @Test(arguments: [0, 64, 4] as [Float], [(0.5, 0.1), (0.9, 0.2), (0.3, 0.0)])
   func `breadcrumbs drops both ends exactly`(steps: Float, setting: (Double, Double)) throws {
     let (density, gamma) = setting
-    let count = 40_000
+    let count = 34_000
     let values = Self.values(count, models: 2, seed: 8, steps: steps)
     var merge = merge("breadcrumbs", values, shape: [count])
     merge.perModel["density"] = [density, density]
@@ -120,7 +120,7 @@ struct MethodTests {
 
   @Test(arguments: [0.1, 0.5, 0.9])
   func `DARE keeps its share and the sum of magnitudes`(density: Double) throws {
-    let count = 200_000
+    let count = 50_000
     let values = Self.values(count, models: 1, seed: 9)
     var merge = merge("dare_linear", values, shape: [count], weights: [1])
     merge.perModel["density"] = [density]
@@ -136,20 +136,20 @@ struct MethodTests {
   }
 
   @Test func `DELLA keeps larger changes more often`() throws {
-    let count = 1 << 18
+    let count = 1 << 16
     let delta = (0..<count).map { Float($0 % 512 + 1) / 512 }
     var merge = SingleTensorMerge(
-      method: "della_linear", base: delta.map { _ in 0 }, models: [delta], shape: [512, 512],
+      method: "della_linear", base: delta.map { _ in 0 }, models: [delta], shape: [128, 512],
       perModel: ["weight": [1], "density": [0.5], "epsilon": [0.2]])
     merge.shared["rescale"] = .flag(false)
     let result = try merge.result()
     func share(_ columns: Range<Int>) -> Double {
       let kept = (0..<count).count { columns.contains($0 % 512) && result[$0] != 0 }
-      return Double(kept) / Double(512 * columns.count)
+      return Double(kept) / Double(128 * columns.count)
     }
-    #expect(abs(share(0..<512) - 0.5) < 0.01)
-    #expect(abs(share(0..<64) - (0.3 + 0.4 * 31.5 / 511)) < 0.02)
-    #expect(abs(share(448..<512) - (0.7 - 0.4 * 31.5 / 511)) < 0.02)
+    #expect(abs(share(0..<512) - 0.5) < 0.02)
+    #expect(abs(share(0..<64) - (0.3 + 0.4 * 31.5 / 511)) < 0.04)
+    #expect(abs(share(448..<512) - (0.7 - 0.4 * 31.5 / 511)) < 0.04)
   }
 
   @Test func `DELLA refuses probabilities beyond 0 and 1`() throws {
@@ -202,9 +202,12 @@ struct MethodTests {
       for start in stride(from: 0, to: 600, by: length) {
         let row = start..<start + length
         let deltas = values[1...].map { model in row.map { Double(model[$0] - values[0][$0]) } }
-        func dot(_ a: [Double], _ b: [Double]) -> Double { zip(a, b).reduce(0) { $0 + $1.0 * $1.1 } }
+        func dot(_ a: [Double], _ b: [Double]) -> Double {
+          zip(a, b).reduce(0) { $0 + $1.0 * $1.1 }
+        }
         func cosine(_ i: Int, _ j: Int) -> Double {
-          dot(deltas[i], deltas[j]) / (dot(deltas[i], deltas[i]) * dot(deltas[j], deltas[j])).squareRoot()
+          dot(deltas[i], deltas[j])
+            / (dot(deltas[i], deltas[i]) * dot(deltas[j], deltas[j])).squareRoot()
         }
         let c = (cosine(0, 1) + cosine(0, 2) + cosine(1, 2)) / 3
         let t = 3 * c / (1 + 2 * c)
@@ -263,8 +266,7 @@ struct MethodTests {
   /// that keeps the whole tensor in memory.
   @Test(arguments: MergeMethod.all.map { $0.name })
   func `budget and workers do not change a bit`(method: String) throws {
-    let rows = method.hasPrefix("della") || method == "arcee_fusion" ? 5 : 3
-    let shape = [rows * 1000, 997]
+    let shape = [70, 997]
     let count = shape[0] * shape[1]
     let models = MergeMethod[method]!.models.upperBound <= 2 ? 1 : 2
     var values = Self.values(count, models: models, seed: 15, steps: 256)
@@ -282,11 +284,12 @@ struct MethodTests {
     merge.perModel["weight"] = (0..<rowsOfModels).map { 0.5 + 0.25 * Double($0) }
     merge.perModel["density"] = merge.models.map { _ in 0.4 }
     merge.perModel["scale"] = [0.75]
+    merge.chunkSize = 33_000
     merge.memory = 1 << 30
     merge.workers = 1
     let expected = try merge.result()
     #expect(expected.contains { $0 != values[0][0] })
-    for (memory, workers) in [(1 << 30, 2), (1 << 20, 1), (1 << 20, 3), (9_000_001, 2)] {
+    for (memory, workers) in [(1 << 30, 2), (100_000, 1), (200_000, 3), (700_001, 2)] {
       merge.memory = memory
       merge.workers = workers
       let result = try merge.result()

@@ -153,6 +153,21 @@ public func isSameFile(_ one: String, _ other: String) throws(CheckpointError) -
   return statuses[0].st_dev == statuses[1].st_dev && statuses[0].st_ino == statuses[1].st_ino
 }
 
+/// The bytes that may still be written to the disk that a new file of this path would be on.
+public func freeSpace(for path: String) -> Int? {
+  var folder = path
+  var status = statvfs()
+  repeat {
+    folder = split(folder.hasSuffix("/") ? String(folder.dropLast()) : folder).folder
+    if statvfs(folder, &status) == 0 {
+      return Int(
+        clamping: UInt64(status.f_bavail).multipliedReportingOverflow(by: UInt64(status.f_frsize))
+          .partialValue)
+    }
+  } while folder != "/" && folder != "."
+  return nil
+}
+
 /// The size of a file in bytes.
 public func fileSize(_ path: String) throws(CheckpointError) -> Int {
   try File(reading: path).size()

@@ -70,10 +70,12 @@ extension ModelFolder {
   /// written as `model.safetensors`, without an index.
   /// - Parameters:
   ///   - sideFiles: a model's folder, or a file in it, whose other files are copied.
+  ///   - files: small files to write beside the weights, by name; they take the place of copies.
   ///   - isReplacing: whether a folder that is there goes, with all its files.
   public static func create(
     _ path: String, _ manifest: Manifest, shardSize: Int = defaultShardSize,
-    sideFilesOf original: String? = nil, replacing isReplacing: Bool = false,
+    sideFilesOf original: String? = nil, files smallFiles: [String: [UInt8]] = [:],
+    replacing isReplacing: Bool = false,
     checksums: TensorChecksum.Algorithm? = .xxh3
   ) throws(CheckpointError) -> any TensorSink {
     precondition(shardSize > 0)
@@ -107,7 +109,8 @@ extension ModelFolder {
       } catch { throw error.moved(to: "\(folder.destination)/\(file)") }
     }
     return FolderSink(
-      folder, manifest, sinks: sinks, places: places, files: files, original: original)
+      folder, manifest, sinks: sinks, places: places, files: files, original: original,
+      smallFiles: smallFiles)
   }
 
   private static func fiveDigits(_ number: Int) -> String {
@@ -151,10 +154,12 @@ private final class FolderSink: TensorSink {
   private let places: [Int]
   private let files: [(file: String, tensors: [TensorInfo])]
   private let original: String?
+  private let smallFiles: [String: [UInt8]]
 
   init(
     _ folder: PendingFolder, _ manifest: Manifest, sinks: [any TensorSink], places: [Int],
-    files: [(file: String, tensors: [TensorInfo])], original: String?
+    files: [(file: String, tensors: [TensorInfo])], original: String?,
+    smallFiles: [String: [UInt8]]
   ) {
     self.folder = folder
     self.manifest = manifest
@@ -162,6 +167,7 @@ private final class FolderSink: TensorSink {
     self.places = places
     self.files = files
     self.original = original
+    self.smallFiles = smallFiles
   }
 
   func write(_ bytes: RawSpan, of tensor: TensorInfo, at offset: Int) throws(CheckpointError) {
@@ -177,6 +183,12 @@ private final class FolderSink: TensorSink {
       if let original {
         let source = isFolder(original) ? original : split(original).folder
         try ModelFolder.copySideFiles(from: source, to: folder.temporaryPath)
+      }
+      for (name, bytes) in smallFiles.sorted(by: { $0.key < $1.key }) {
+        unlink("\(folder.temporaryPath)/\(name)")
+        let file = try File(creating: "\(folder.temporaryPath)/\(name)")
+        try file.write(bytes.span.bytes, at: 0)
+        try file.sync()
       }
       // Last, so that whoever sees an index sees all that it names.
       if files.count > 1 {

@@ -7,40 +7,43 @@ import Glibc
 struct ArceeFusion: TensorMerge {
   private let base: Int
   private let rowLength: Int
-  private let elementCount: Int
-  private var selection = RankSelection()
+  /// The ranks of the quartiles.
+  private let ranks: [Int]
+  private var statistics: OrderStatistics
   private var threshold: Float?
 
   init(_ setting: TensorSetting) {
     base = setting.baseRow ?? 0
     rowLength = max(1, setting.rowLength)
-    elementCount = setting.elementCount
-    if elementCount == 0 { threshold = 0 }
+    let last = max(0, setting.elementCount - 1)
+    ranks = [0.25, 0.5, 0.75].map { min(Int(Float($0) * Float(last)), last) }
+    statistics = OrderStatistics(ranks: ranks)
   }
 
-  typealias Observation = RankSelection.Histogram
+  typealias Observation = OrderStatistics
 
   var grain: Int { rowLength }
   var scratchRows: Int { 1 }
   var isReady: Bool { threshold != nil }
   var observingPasses: Int { isReady ? 0 : 2 }
 
-  func makeObservation() -> Observation { selection.makeHistogram() }
+  func makeObservation() -> Observation { statistics }
 
   func observe(
     _ tile: inout Tile, at position: Int, scratch: inout Tile, into observation: inout Observation
   ) {
     weigh(tile, into: &scratch)
-    selection.count(scratch[1], into: &observation)
+    observation.observe(scratch[1])
   }
 
   func combine(_ next: Observation, into total: inout Observation) { total += next }
 
   mutating func learn(_ total: Observation) {
-    let ranks = [0.25, 0.5, 0.75].map { Int(Float($0) * Float(elementCount - 1)) }
-    selection.learn(total, ranks: ranks.map { min($0, elementCount - 1) })
-    guard let found = selection.found?.map({ $0.value }) else { return }
-    threshold = found[1] + 1.5 * (found[2] - found[0])
+    statistics = total
+    statistics.finishPass()
+    guard statistics.isComplete else { return }
+    let quartiles = ranks.map { statistics[$0].magnitude }
+    threshold = quartiles[1] + 1.5 * (quartiles[2] - quartiles[0])
   }
 
   func merge(_ tile: inout Tile, at position: Int, into output: inout Tile) {

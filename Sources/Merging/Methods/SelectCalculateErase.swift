@@ -4,9 +4,14 @@ struct SelectCalculateErase: TensorMerge {
   private let rows: Range<Int>
   private let elementCount: Int
   private let share: Double
-  /// The elements that are selected; `nil` if all are.
-  private var band: RankBand?
-  private var ranksAreSet = false
+  /// The elements that are selected.
+  private enum Selection: Sendable {
+    case all
+    /// How many elements vary between the models at all has to be counted first.
+    case uncounted
+    case band(RankBand)
+  }
+  private var selection: Selection
   private var weights: [Float]?
 
   init(_ setting: TensorSetting) throws {
@@ -14,63 +19,64 @@ struct SelectCalculateErase: TensorMerge {
     elementCount = setting.elementCount
     share = setting.number("select_topk")
     guard share >= 0 else { throw MergeError("select_topk is \(share); it must be at least 0") }
-    // The ranks are only known when the first pass has counted what varies at all.
-    if share < 1, elementCount > 0 { band = RankBand(keeping: 0..<elementCount) }
+    selection = share < 1 ? .uncounted : .all
   }
 
   struct Observation: Sendable {
-    fileprivate var band = RankBand.Observation.nothing
     fileprivate var varying = 0
+    fileprivate var band = RankBand.Observation.nothing
     fileprivate var squares: [Double]
   }
 
-  private var isSelected: Bool { band == nil || ranksAreSet && band!.isKnown }
   /// Row 1: the sums whose signs win, or the variances; row 2: the weights that agreed.
   var scratchRows: Int { 2 }
   var isReady: Bool { weights != nil }
-  var observingPasses: Int { band == nil ? 1 : 1 + RankBand.largestNumberOfPasses }
+  var observingPasses: Int { share < 1 ? 2 + RankBand.largestNumberOfPasses : 1 }
 
   func makeObservation() -> Observation {
-    Observation(
-      band: isSelected ? .nothing : band!.makeObservation(), squares: rows.map { _ in 0 })
+    var observation = Observation(squares: rows.map { _ in 0 })
+    if case .band(let band) = selection { observation.band = band.makeObservation() }
+    return observation
   }
 
   func observe(
     _ tile: inout Tile, at position: Int, scratch: inout Tile, into observation: inout Observation
   ) {
-    scratch.resize(columns: tile.columns)
-    guard isSelected else {
+    switch selection {
+    case .uncounted:
       measure(tile, into: &scratch)
       let variances = scratch[1]
       for i in variances.indices where variances[i] != 0 { observation.varying += 1 }
-      band!.observe(variances, into: &observation.band)
-      return
-    }
-    select(&tile, at: position, scratch: &scratch)
-    for (model, row) in rows.enumerated() {
-      observation.squares[model] += dotProduct(tile[row], tile[row])
+    case .band(let band) where !band.isKnown:
+      measure(tile, into: &scratch)
+      band.observe(scratch[1], into: &observation.band)
+    case .all, .band:
+      select(&tile, at: position, scratch: &scratch)
+      for (model, row) in rows.enumerated() {
+        observation.squares[model] += dotProduct(tile[row], tile[row])
+      }
     }
   }
 
   func combine(_ next: Observation, into total: inout Observation) {
-    band?.combine(next.band, into: &total.band)
     total.varying += next.varying
+    if case .band(let band) = selection { band.combine(next.band, into: &total.band) }
     for model in next.squares.indices { total.squares[model] += next.squares[model] }
   }
 
   mutating func learn(_ total: Observation) {
-    guard isSelected else {
-      if !ranksAreSet {
-        let kept = Int(Double(total.varying) * share)
-        band!.keep(elementCount - kept..<elementCount)
-        ranksAreSet = true
-      }
-      band!.learn(total.band)
-      return
+    switch selection {
+    case .uncounted:
+      let kept = Int(Double(total.varying) * share)
+      selection = .band(RankBand(keeping: elementCount - kept..<elementCount))
+    case .band(var band) where !band.isKnown:
+      band.learn(total.band)
+      selection = .band(band)
+    case .all, .band:
+      let means = total.squares.map { Float($0 / Double(max(1, elementCount))) }
+      let sum = means.reduce(0, +)
+      weights = means.map { abs(sum) < 1e-6 ? 1 / Float(means.count) : $0 / sum }
     }
-    let means = total.squares.map { Float($0 / Double(max(1, elementCount))) }
-    let sum = means.reduce(0, +)
-    weights = means.map { abs(sum) < 1e-6 ? 1 / Float(means.count) : $0 / sum }
   }
 
   /// Row 1 of the scratch tile: the variance of each element between the models.
@@ -85,7 +91,7 @@ struct SelectCalculateErase: TensorMerge {
 
   /// Sets to zero what is not selected.
   private func select(_ tile: inout Tile, at position: Int, scratch: inout Tile) {
-    guard let band else { return }
+    guard case .band(let band) = selection else { return }
     measure(tile, into: &scratch)
     var variances = scratch.mutableRow(1)
     band.restrict(&variances, tile: position / Tile.width(grain: 1))

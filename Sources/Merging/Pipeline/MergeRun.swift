@@ -13,8 +13,17 @@ public struct TensorTask: Sendable {
     case merge(any TensorMerge, inputs: [Place], differences: Bool, rounding: DType?)
   }
 
-  let output: TensorInfo
+  public let output: TensorInfo
   let work: Work
+
+  /// How it is made, in a few words.
+  public var explanation: String {
+    switch work {
+    case .copy: "copy"
+    case .merge(let merge, let inputs, _, _):
+      "\(inputs.count) inputs, \(merge.isReady ? "1 pass" : "\(1 + merge.observingPasses) passes")"
+    }
+  }
 }
 
 /// A part of an output tensor that is finished at once.
@@ -50,8 +59,9 @@ struct MergeRun: Sendable {
   /// Called after a chunk has been written, from the worker's thread.
   var didFinish: @Sendable (FinishedChunk) throws -> Void = { _ in }
 
-  /// Elements of a chunk, about.
-  static let chunkSize = 4 << 20
+  /// Elements of a chunk, about. Sums are folded chunk by chunk, so it shows in the last bits.
+  var chunkSize = MergeRun.standardChunkSize
+  static let standardChunkSize = 4 << 20
   /// Elements of a tensor's row that are read and written at once, at most.
   static let windowSize = 512 << 10
 
@@ -77,7 +87,7 @@ struct MergeRun: Sendable {
     for index in together { try runTogether(index) }
     let items = alone
     try forEachStep(count: items.count, workers: workers) {
-      Workspace(for: tasks, share: share)
+      MergeWorkspace(for: tasks, share: share)
     } body: { step, workspace in
       switch items[step] {
       case .chunk(let chunk): try make(chunk, in: &workspace)
@@ -97,7 +107,7 @@ struct MergeRun: Sendable {
   }
 
   private func allChunks(of index: Int) -> [Chunk] {
-    let stride = tasks[index].chunkStride
+    let stride = tasks[index].chunkStride(chunkSize)
     return Swift.stride(from: 0, to: tasks[index].output.elementCount, by: stride).map {
       Chunk(task: index, elements: $0..<min($0 + stride, tasks[index].output.elementCount))
     }
@@ -105,14 +115,14 @@ struct MergeRun: Sendable {
 
   // MARK: Three ways to make a tensor
 
-  private func make(_ chunk: Chunk, in workspace: inout Workspace) throws {
+  private func make(_ chunk: Chunk, in workspace: inout MergeWorkspace) throws {
     switch tasks[chunk.task].work {
     case .copy(let place): try copy(chunk, from: place, in: &workspace)
     case .merge(let merge, _, _, _): try apply(merge, to: chunk, in: &workspace)
     }
   }
 
-  private func makeWhole(_ index: Int, in workspace: inout Workspace) throws {
+  private func makeWhole(_ index: Int, in workspace: inout MergeWorkspace) throws {
     guard case .merge(let merge, let inputs, _, _) = tasks[index].work else { return }
     try hold(inputs, in: &workspace)
     defer { workspace.isHolding = false }
@@ -121,7 +131,7 @@ struct MergeRun: Sendable {
   }
 
   private func learn<Merge: TensorMerge>(
-    _ merge: Merge, _ index: Int, in workspace: inout Workspace
+    _ merge: Merge, _ index: Int, in workspace: inout MergeWorkspace
   ) throws -> any TensorMerge {
     var merge = merge
     while !merge.isReady {
@@ -139,7 +149,7 @@ struct MergeRun: Sendable {
     let ready = try learnTogether(merge, index)
     let chunks = chunks(of: index)
     try forEachStep(count: chunks.count, workers: workers) {
-      Workspace(for: [tasks[index]], share: memory / max(1, workers))
+      MergeWorkspace(for: [tasks[index]], share: memory / max(1, workers))
     } body: { step, workspace in
       try apply(ready, to: chunks[step], in: &workspace)
     }
@@ -154,7 +164,7 @@ struct MergeRun: Sendable {
       let current = merge
       let total = OrderedTotal(merge.makeObservation())
       try forEachStep(count: chunks.count, workers: workers) {
-        Workspace(for: [tasks[index]], share: memory / max(1, workers))
+        MergeWorkspace(for: [tasks[index]], share: memory / max(1, workers))
       } body: { step, workspace in
         let observation = try observe(current, chunks[step], in: &workspace)
         total.add(observation, number: step) { current.combine($0, into: &$1) }
@@ -167,7 +177,7 @@ struct MergeRun: Sendable {
   // MARK: Chunks
 
   private func copy(
-    _ chunk: Chunk, from place: TensorTask.Place, in workspace: inout Workspace
+    _ chunk: Chunk, from place: TensorTask.Place, in workspace: inout MergeWorkspace
   ) throws {
     let tensor = tasks[chunk.task].output
     let bits = tensor.dtype.bitWidth
@@ -188,7 +198,7 @@ struct MergeRun: Sendable {
   }
 
   private func observe<Merge: TensorMerge>(
-    _ merge: Merge, _ chunk: Chunk, in workspace: inout Workspace
+    _ merge: Merge, _ chunk: Chunk, in workspace: inout MergeWorkspace
   ) throws -> Merge.Observation {
     var observation = merge.makeObservation()
     try forEachTile(of: chunk, grain: merge.grain, in: &workspace) { position, input, output in
@@ -198,7 +208,7 @@ struct MergeRun: Sendable {
   }
 
   private func apply<Merge: TensorMerge>(
-    _ merge: Merge, to chunk: Chunk, in workspace: inout Workspace
+    _ merge: Merge, to chunk: Chunk, in workspace: inout MergeWorkspace
   ) throws {
     let task = tasks[chunk.task]
     guard case .merge(_, let inputs, let differences, _) = task.work else { return }
@@ -235,7 +245,7 @@ struct MergeRun: Sendable {
   /// Reads a chunk window by window and hands it on tile by tile, as differences if those are
   /// what the task works on.
   private func forEachTile(
-    of chunk: Chunk, grain: Int, in workspace: inout Workspace,
+    of chunk: Chunk, grain: Int, in workspace: inout MergeWorkspace,
     _ body: (_ position: Int, _ input: inout Tile, _ output: inout Tile) throws -> Void
   ) throws {
     guard case .merge(_, let inputs, let differences, let rounding) = tasks[chunk.task].work else {
@@ -272,7 +282,7 @@ struct MergeRun: Sendable {
 
   /// Fills the arena with the same window of every input, one after the other.
   private func read(
-    _ inputs: [TensorTask.Place], _ window: Range<Int>, into workspace: inout Workspace
+    _ inputs: [TensorTask.Place], _ window: Range<Int>, into workspace: inout MergeWorkspace
   ) throws {
     var start = 0
     for input in inputs {
@@ -286,7 +296,7 @@ struct MergeRun: Sendable {
   }
 
   /// Fills the arena with all inputs, one after the other.
-  private func hold(_ inputs: [TensorTask.Place], in workspace: inout Workspace) throws {
+  private func hold(_ inputs: [TensorTask.Place], in workspace: inout MergeWorkspace) throws {
     var start = 0
     for input in inputs {
       let count = input.tensor.byteCount
@@ -307,12 +317,12 @@ extension TensorTask {
   var grain: Int { if case .merge(let merge, _, _, _) = work { merge.grain } else { 1 } }
 
   /// Elements of each of its chunks but the last: a whole number of tiles.
-  var chunkStride: Int {
+  func chunkStride(_ size: Int = MergeRun.standardChunkSize) -> Int {
     let tile = Tile.width(grain: grain)
-    return max(1, MergeRun.chunkSize / tile) * tile
+    return max(1, size / tile) * tile
   }
 
-  fileprivate var tileRows: (input: Int, output: Int) {
+  var tileRows: (input: Int, output: Int) {
     guard case .merge(let merge, let inputs, _, _) = work else { return (0, 0) }
     return (inputs.count, 1 + merge.scratchRows)
   }
@@ -328,7 +338,7 @@ extension TensorTask {
 }
 
 /// One worker's memory: stored bytes of the inputs, tiles, and encoded results.
-private struct Workspace: ~Copyable {
+struct MergeWorkspace: ~Copyable {
   var arena: Buffer
   var encoded: Buffer?
   var input: Tile
@@ -337,32 +347,44 @@ private struct Workspace: ~Copyable {
   var isHolding = false
 
   init(for tasks: [TensorTask], share: Int) {
+    let sizes = Sizes(of: tasks, share: share)
+    arena = Buffer(byteCount: sizes.arena)
+    encoded = Buffer(byteCount: sizes.encoded)
+    input = Tile(rows: sizes.inputRows, capacity: sizes.columns)
+    output = Tile(rows: sizes.outputRows, capacity: sizes.columns)
+  }
+
+  /// What a worker needs for any of some tasks, within its share of the memory where it can be.
+  struct Sizes {
     var columns = 1
     var (inputRows, outputRows) = (1, 1)
     var (arena, encoded) = (4 << 10, 8)
-    for task in tasks {
-      let rows = task.tileRows
-      let width = Tile.width(grain: task.grain)
-      inputRows = max(inputRows, rows.input)
-      outputRows = max(outputRows, rows.output)
-      guard case .merge(let merge, let inputs, _, _) = task.work else {
-        arena = max(arena, min(4 << 20, share, task.output.byteCount))
-        continue
+
+    init(of tasks: [TensorTask], share: Int) {
+      for task in tasks {
+        guard case .merge(_, let inputs, _, _) = task.work else { continue }
+        columns = max(columns, min(Tile.width(grain: task.grain), max(1, task.output.elementCount)))
+        inputRows = max(inputRows, inputs.count)
+        outputRows = max(outputRows, task.tileRows.output)
       }
-      columns = max(columns, width)
-      let stored = inputs.reduce(0) { $0 + $1.tensor.dtype.bitWidth / 8 }
-      let all = inputs.reduce(0) { $0 + $1.tensor.byteCount }
-      let fits = !merge.isReady && all <= share
-      let window = min(share / stored, MergeRun.windowSize, task.output.elementCount)
-      arena = max(arena, fits ? all : max(window, width) * stored)
-      let outputWidth = task.output.dtype.bitWidth / 8
-      encoded = max(
-        encoded, max(width, min(MergeRun.windowSize, share / 4 / outputWidth)) * outputWidth)
+      let left = max(0, share - 4 * columns * (inputRows + outputRows))
+      for task in tasks {
+        guard case .merge(let merge, let inputs, _, _) = task.work else {
+          arena = max(arena, min(4 << 20, left, task.output.byteCount))
+          continue
+        }
+        let width = min(Tile.width(grain: task.grain), max(1, task.output.elementCount))
+        let stored = inputs.reduce(0) { $0 + $1.tensor.dtype.bitWidth / 8 }
+        let result = task.output.dtype.bitWidth / 8
+        let window = min(left / (stored + result), MergeRun.windowSize, task.output.elementCount)
+        encoded = max(encoded, max(window, width) * result)
+        arena = max(arena, max(window, width) * stored)
+        let all = inputs.reduce(0) { $0 + $1.tensor.byteCount }
+        if !merge.isReady, all <= share { arena = max(arena, all) }
+      }
     }
-    self.arena = Buffer(byteCount: arena)
-    self.encoded = Buffer(byteCount: encoded)
-    input = Tile(rows: inputRows, capacity: columns)
-    output = Tile(rows: outputRows, capacity: columns)
+
+    var byteCount: Int { arena + encoded + 4 * columns * (inputRows + outputRows) }
   }
 }
 

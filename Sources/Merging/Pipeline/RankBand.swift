@@ -4,7 +4,7 @@
 /// them are, a third pass counts them tile by tile, so that any tile knows how many came before.
 struct RankBand: Sendable {
   enum Observation: Sendable {
-    case histogram(RankSelection.Histogram)
+    case statistics(OrderStatistics)
     /// Of each tile, how many elements equal the lower and the upper end.
     case ties([(lower: Int32, upper: Int32)])
     case nothing
@@ -23,18 +23,22 @@ struct RankBand: Sendable {
   }
 
   private enum Stage: Sendable {
-    case selecting(RankSelection)
+    case selecting(OrderStatistics)
     case counting
     case known
   }
 
   /// The ranks that are kept, counted from the smallest magnitude.
-  private var kept: Range<Int>
-  private var stage = Stage.selecting(RankSelection())
+  private let kept: Range<Int>
+  private var stage: Stage
   private var lower = End(bits: 0, kept: 0, equal: 0)
   private var upper = End(bits: 0, kept: 0, equal: 0)
 
-  init(keeping kept: Range<Int>) { self.kept = kept }
+  init(keeping kept: Range<Int>) {
+    self.kept = kept
+    stage = .selecting(
+      OrderStatistics(ranks: kept.isEmpty ? [] : [kept.lowerBound, kept.upperBound - 1]))
+  }
 
   static let largestNumberOfPasses = 3
 
@@ -44,13 +48,10 @@ struct RankBand: Sendable {
     return false
   }
 
-  /// Sets the ranks, for a band that is only known after the first pass has counted something.
-  mutating func keep(_ ranks: Range<Int>) { kept = ranks }
-
   func makeObservation() -> Observation {
     guard !isKnown else { return .nothing }
     switch stage {
-    case .selecting(let selection): return .histogram(selection.makeHistogram())
+    case .selecting(let statistics): return .statistics(statistics)
     case .counting: return .ties([])
     case .known: return .nothing
     }
@@ -58,10 +59,10 @@ struct RankBand: Sendable {
 
   func observe(_ values: Span<Float>, into observation: inout Observation) {
     switch (stage, observation) {
-    case (.selecting(let selection), .histogram(var histogram)):
+    case (.selecting, .statistics(var statistics)):
       observation = .nothing  // So that the counts have one owner and are not copied.
-      selection.count(values, into: &histogram)
-      observation = .histogram(histogram)
+      statistics.observe(values)
+      observation = .statistics(statistics)
     case (.counting, .ties(var ties)):
       observation = .nothing
       ties.append((values.count(of: lower.bits), values.count(of: upper.bits)))
@@ -72,10 +73,10 @@ struct RankBand: Sendable {
 
   func combine(_ next: Observation, into total: inout Observation) {
     switch (next, total) {
-    case (.histogram(let next), .histogram(var sum)):
+    case (.statistics(let next), .statistics(var sum)):
       total = .nothing
       sum += next
-      total = .histogram(sum)
+      total = .statistics(sum)
     case (.ties(let next), .ties(let before)): total = .ties(before + next)
     default: break
     }
@@ -83,10 +84,12 @@ struct RankBand: Sendable {
 
   mutating func learn(_ total: Observation) {
     switch (stage, total) {
-    case (.selecting(var selection), .histogram(let histogram)) where !kept.isEmpty:
-      selection.learn(histogram, ranks: [kept.lowerBound, kept.upperBound - 1])
-      stage = .selecting(selection)
-      if let found = selection.found { setEnds(found[0], found[1]) }
+    case (.selecting, .statistics(var statistics)) where !kept.isEmpty:
+      statistics.finishPass()
+      stage = .selecting(statistics)
+      if statistics.isComplete {
+        setEnds(statistics[kept.lowerBound], statistics[kept.upperBound - 1])
+      }
     case (.counting, .ties(let ties)):
       var (belowLower, belowUpper) = (0, 0)
       for tile in ties {
@@ -100,11 +103,16 @@ struct RankBand: Sendable {
     }
   }
 
-  private mutating func setEnds(_ first: RankSelection.Found, _ last: RankSelection.Found) {
-    let keptOfLast = kept.upperBound - max(last.below, kept.lowerBound)
-    let keptOfFirst = min(first.below + first.equal, kept.upperBound) - kept.lowerBound
-    lower = End(bits: first.bits, kept: keptOfFirst, equal: first.equal)
-    upper = End(bits: last.bits, kept: keptOfLast, equal: last.equal)
+  private mutating func setEnds(
+    _ first: OrderStatistics.Statistic, _ last: OrderStatistics.Statistic
+  ) {
+    lower = End(
+      bits: first.magnitude.bitPattern,
+      kept: min(first.smallerCount + first.equalCount, kept.upperBound) - kept.lowerBound,
+      equal: first.equalCount)
+    upper = End(
+      bits: last.magnitude.bitPattern,
+      kept: kept.upperBound - max(last.smallerCount, kept.lowerBound), equal: last.equalCount)
     stage = lower.isSplit || upper.isSplit ? .counting : .known
   }
 
@@ -160,4 +168,9 @@ extension Span<Float> {
     for i in indices { count &+= self[i].magnitudeBits == bits ? 1 : 0 }
     return count
   }
+}
+
+extension Float {
+  /// The bit pattern without the sign: ordered as the magnitudes are, NaN above infinity.
+  var magnitudeBits: UInt32 { bitPattern & 0x7FFF_FFFF }
 }

@@ -441,8 +441,8 @@ private struct Planner {
       setting.randomness = .mersenne(stream, start: start)
       planned[index].setting = setting
       guard let merge = try method.make(setting) as? SignConsensus else { continue }
-      let stride =
-        max(1, MergeRun.chunkSize / Tile.width(grain: merge.grain)) * Tile.width(grain: merge.grain)
+      let tile = Tile.width(grain: merge.grain)
+      let stride = max(1, MergeRun.standardChunkSize / tile) * tile
       for row in 0..<merge.drawingRows {
         let begin = start + row * setting.elementCount
         places += Swift.stride(from: begin, to: begin + setting.elementCount, by: stride)
@@ -474,6 +474,42 @@ extension TensorInfo {
     }
     let companions = ["_scale", "_scale_inv", ".absmax", ".quant_map", "_scales"]
     return companions.contains { manifest[name + $0] != nil }
+  }
+}
+
+// MARK: - What it takes
+
+extension MergePlan {
+  /// What a plan will need of the machine.
+  public struct Cost: Sendable {
+    /// Bytes of the inputs, as often as they are read.
+    public var bytesRead = 0
+    public var bytesWritten = 0
+    /// How often the data of the most demanding tensor is looked at, the result's pass included.
+    public var passes = 1
+    /// Tensors that are read again in every pass, because they do not fit a worker's memory.
+    public var tensorsReadAgain = 0
+    /// Bytes that the workers take together.
+    public var memory = 0
+  }
+
+  public func cost(memory: Int, workers: Int) -> Cost {
+    var cost = Cost()
+    let share = memory / max(1, workers)
+    for task in tasks {
+      cost.bytesWritten += task.output.byteCount
+      switch task.work {
+      case .copy(let place): cost.bytesRead += place.tensor.byteCount
+      case .merge(let merge, let inputs, _, _):
+        let bytes = inputs.reduce(0) { $0 + $1.tensor.byteCount }
+        let isReadAgain = !merge.isReady && bytes > share
+        cost.passes = max(cost.passes, 1 + merge.observingPasses)
+        cost.tensorsReadAgain += isReadAgain ? 1 : 0
+        cost.bytesRead += bytes * (isReadAgain ? 1 + merge.observingPasses : 1)
+      }
+    }
+    cost.memory = workers * MergeWorkspace.Sizes(of: tasks, share: share).byteCount
+    return cost
   }
 }
 
