@@ -45,7 +45,8 @@ def fill(gaps, values, count):
 
 
 def load(path, base=None):
-    raw = zstandard.ZstdDecompressor().stream_reader(open(path, "rb"), read_across_frames=True).read()
+    with open(path, "rb") as file:
+        raw = zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True).read()
     n = int.from_bytes(raw[:8], "little")
     header, body, result = json.loads(raw[8:8 + n]), memoryview(raw)[8 + n:], {}
     part = lambda k: np.frombuffer(body[slice(*header[k]["data_offsets"])], TYPES[header[k]["dtype"]]).reshape(header[k]["shape"])
