@@ -166,7 +166,7 @@ extension Unpickler {
 
   /// The tensors by name: keys of nested dictionaries and numbers in lists joined by dots.
   /// - Returns: also how many other values there are.
-  fileprivate func named(_ root: Value, file: String) throws(CheckpointError)
+  func named(_ root: Value, file: String) throws(CheckpointError)
     -> (tensors: [(String, Tensor)], leftOut: Int)
   {
     var found: [(String, Tensor)] = []
