@@ -17,9 +17,15 @@ struct TensorView: TensorSource {
     self.source = source
     self.allowsOverflow = allowsOverflow
     originals = tensors.map { $0.original }
-    // A header kept as it is describes other tensors, unless none has changed; the sink sees.
+    let isWhole =
+      tensors.count == source.manifest.tensors.count
+      && tensors.allSatisfy {
+        $0.seen == $0.original && $0.seen.name.utf8.elementsEqual($0.original.name.utf8)
+      }
+    // A header kept as it is describes these tensors only if none has changed.
     manifest = try Manifest(
-      proving: tensors.map { $0.seen }, source.manifest.metadata, source.manifest.safetensorsHeader
+      proving: tensors.map { $0.seen }, source.manifest.metadata,
+      isWhole ? source.manifest.safetensorsHeader : nil
     ) {
       CheckpointError(file: source.path, tensor: $0.name, "would be the name of two tensors")
     }

@@ -166,7 +166,7 @@ private final class NumPySource: TensorSource {
       name: tensor.name, dtype: dtype, shape: dimensions.compactMap { $0 })
     guard let info, NumPy.descr(dtype) == NumPy.descr(tensor.dtype) || dtype.bitWidth <= 8,
       info.byteCount == tensor.byteCount,
-      dtype.bitWidth < 8 || info.shape == tensor.shape
+      tensor.shape == NumPy.shape(info)
     else { return nil }
     return info
   }
