@@ -23,7 +23,8 @@ let package = Package(
 
     .target(
       name: "Checkpoints",
-      dependencies: ["CLinux", "CHDF5", "CZstd", "CZlib", "CXXHash", "CCrypto"]),
+      dependencies: ["CLinux", "CHDF5", "CZstd", "CZlib", "CXXHash", "CCrypto"],
+      exclude: ["Bundle/FORMAT.md"]),
     .target(name: "CKernels"),
     .target(
       name: "Merging",

@@ -100,8 +100,20 @@ public protocol TensorSink: Sendable {
   /// Writes some of the tensor's bytes, from byte `offset` on. Each byte is written once.
   func write(_ bytes: RawSpan, of tensor: TensorInfo, at offset: Int) throws(CheckpointError)
 
-  /// Makes the whole durable and moves it to its place.
+  /// Does all that can fail for want of room, short of moving the whole to its place: where
+  /// several outputs belong together, complete all before the first is finished.
+  func complete() throws(CheckpointError)
+
+  /// Makes the whole durable, if that has not been done, and moves it to its place.
   func finish() throws(CheckpointError)
+}
+
+extension Checkpoint {
+  /// Finishes outputs that belong together: if one cannot be completed, none appears.
+  public static func finish(_ sinks: [any TensorSink]) throws(CheckpointError) {
+    for sink in sinks { try sink.complete() }
+    for sink in sinks { try sink.finish() }
+  }
 }
 
 /// A way to keep tensors in files.

@@ -68,7 +68,7 @@ struct Disentangle: ParsableCommand {
     let summary = try disentangling.run(
       into: outputs.experts, redundant: outputs.redundant, grams: grams,
       memory: resources.memory.bytes, workers: resources.jobs)
-    for sink in outputs.all { try sink.finish() }
+    try Checkpoint.finish(outputs.all)
     try summary.grams.write(to: places.grams)
     try DisentanglementPage(summary).write(to: places.page)
     try say(summary, disentangling, places)

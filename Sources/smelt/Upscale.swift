@@ -55,8 +55,7 @@ struct Upscale: ParsableCommand {
     let vectors = try taskVectors.map { try Checkpoint.create($0, upscaling.taskVectorManifest) }
     let report = try upscaling.run(
       into: mixture, taskVectors: vectors, memory: resources.memory.bytes, workers: resources.jobs)
-    try vectors?.finish()
-    try mixture.finish()
+    try Checkpoint.finish([mixture] + (vectors.map { [$0] } ?? []))
     say(upscaling, report)
   }
 

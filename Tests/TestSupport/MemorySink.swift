@@ -18,6 +18,7 @@ public final class MemorySink: TensorSink {
     bytes.withLock { $0[index].replaceSubrange(offset..<offset + new.count, with: new) }
   }
 
+  public func complete() throws(CheckpointError) {}
   public func finish() throws(CheckpointError) {}
 
   public func bytes(of tensor: TensorInfo) -> [UInt8] {

@@ -17,6 +17,7 @@ final class HDF5ChunkedSink: TensorSink {
   private let remaining: Atomic<Int>
   private let rows: HDF5.ChecksumRows?
   private let recorder: ChecksumRecorder?
+  private let isComplete = Atomic(false)
 
   private enum Place {
     case range(from: Int)
@@ -98,7 +99,8 @@ final class HDF5ChunkedSink: TensorSink {
     do { try result.get() } catch { throw error.error(file: pending.destination) }
   }
 
-  func finish() throws(CheckpointError) {
+  func complete() throws(CheckpointError) {
+    guard !isComplete.load(ordering: .relaxed) else { return }
     precondition(remaining.load(ordering: .relaxed) == 0, "a tensor was not wholly written")
     do { try datasets.close() } catch { throw error.error(file: pending.destination) }
     if let recorder {
@@ -111,6 +113,12 @@ final class HDF5ChunkedSink: TensorSink {
       }
       try rows?.write(checksums, of: manifest, to: file)
     }
+    try pending.complete()
+    isComplete.store(true, ordering: .relaxed)
+  }
+
+  func finish() throws(CheckpointError) {
+    try complete()
     try pending.commit()
   }
 }

@@ -1,4 +1,5 @@
 import Glibc
+import Synchronization
 
 /// A model's folder as Hugging Face has it: the weights in one file or several, and beside
 /// them the configuration, the tokenizer and other small files.
@@ -153,6 +154,7 @@ private final class FolderSink: TensorSink {
   /// The sink of each tensor of the manifest.
   private let places: [Int]
   private let files: [(file: String, tensors: [TensorInfo])]
+  private let isComplete = Atomic(false)
   private let original: String?
   private let smallFiles: [String: [UInt8]]
 
@@ -177,7 +179,8 @@ private final class FolderSink: TensorSink {
     }
   }
 
-  func finish() throws(CheckpointError) {
+  func complete() throws(CheckpointError) {
+    guard !isComplete.load(ordering: .relaxed) else { return }
     do {
       for sink in sinks { try sink.finish() }
       if let original {
@@ -197,11 +200,16 @@ private final class FolderSink: TensorSink {
         try index.write(ShardIndex.describe(files).span.bytes, at: 0)
         try index.sync()
       }
-      try folder.commit()
     } catch {
       throw error.file.hasPrefix(folder.temporaryPath)
         ? error.moved(to: folder.destination) : error
     }
+    isComplete.store(true, ordering: .relaxed)
+  }
+
+  func finish() throws(CheckpointError) {
+    try complete()
+    try folder.commit()
   }
 }
 

@@ -94,6 +94,7 @@ private struct PartSink: TensorSink {
     try whole.write(bytes, of: whole.manifest[prefix + tensor.name]!, at: offset)
   }
 
+  func complete() throws(CheckpointError) {}
   func finish() throws(CheckpointError) {}
 }
 

@@ -181,6 +181,7 @@ private final class ObservedSink: TensorSink {
     try sink.write(bytes, of: tensor, at: offset)
   }
 
+  func complete() throws(CheckpointError) { try sink.complete() }
   func finish() throws(CheckpointError) { try sink.finish() }
 }
 
