@@ -131,9 +131,9 @@ def main():
             path = save(tuned, "tuned")
             print(f"a fine-tune that differs by {100 * share} % of the weights' deviation")
             try:
-                measure(folder, path, "smelt", lambda *paths: with_smelt(*paths, "--base", plain))
+                measure(folder, path, "smelt", lambda *paths: with_smelt(*paths, "--against", plain))
             except subprocess.CalledProcessError:
-                print("  this smelt has no --base")
+                print("  this smelt has no --against")
             measure(folder, path, "zipnn", lambda *paths: with_zipnn(*paths, "bfloat16"))
             if share == 0.01:
                 pruned = {}

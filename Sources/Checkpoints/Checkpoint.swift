@@ -19,6 +19,10 @@ public protocol TensorSource: Sendable {
 
   /// The checksum that was recorded when the tensor was written, if one was.
   func recordedChecksum(of tensor: TensorInfo) -> TensorChecksum?
+
+  /// Reads every tensor and compares it with what was recorded of it on writing.
+  /// - Throws: what cannot be read.
+  func verifyData(workers: Int) throws -> Verification
 }
 
 extension TensorSource {

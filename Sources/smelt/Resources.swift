@@ -13,7 +13,7 @@ struct Resources: ParsableArguments {
   var jobs: Int = ProcessInfo.processInfo.activeProcessorCount
 
   func validate() throws {
-    guard jobs > 0 else { throw ValidationError("--jobs must be at least 1.") }
+    guard (1...1024).contains(jobs) else { throw ValidationError("--jobs is 1 to 1024.") }
     guard memory.bytes >= 1 << 20 else { throw ValidationError("--memory must be at least 1MiB.") }
   }
 }

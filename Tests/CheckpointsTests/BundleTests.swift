@@ -53,7 +53,7 @@ typealias Bundle = Checkpoints.Bundle
     for sample in samples {
       #expect(try bundle.bytes(of: bundle.tensor(sample.tensor.name)) == sample.bytes)
     }
-    #expect(bundle.manifest.metadata == ["a": "b"])
+    #expect(bundle.manifest.metadata == ["a": "b", "format": "pt"])
     #expect(try FileManager.default.contentsOfDirectory(atPath: folder.path).count == 1)
   }
 
