@@ -2,13 +2,13 @@
 
     python train_encoder.py FOLDER
 
-A BERT-like encoder over bytes (4 layers, width 192; 1.8 million parameters) learns to fill in
+A BERT-like encoder over bytes (4 layers, width 160; 1.3 million parameters) learns to fill in
 masked bytes of the text files that every Linux machine with Python has: the standard library, the
 system's headers and scripts. Three experts are fine-tuned from it, head and encoder, to tell
 
-    language   what kind of file 48 bytes are from (Python, C, Perl, shell, ...),
+    language   what kind of file 32 bytes are from (Python, C, Perl, shell, ...),
     package    which package of Python's standard library they are from,
-    token      what kind of token byte 24 of Python code belongs to (keyword, name, string, ...).
+    token      what kind of token byte 16 of Python code belongs to (keyword, name, string, ...).
 
 FOLDER gets base, experts and heads as safetensors, and test.npz. Train and test texts come from
 different files (`package`: every fifth file is for testing). Seeds are fixed, but the texts are
@@ -29,10 +29,10 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-LAYERS, WIDTH, MLP_WIDTH, HEADS, LENGTH = 4, 192, 768, 4, 48
+LAYERS, WIDTH, MLP_WIDTH, HEADS, LENGTH = 4, 160, 640, 4, 32
 MASK = 256
 BATCH = 16
-PRETRAIN_STEPS, FINETUNE_STEPS = 400, 200
+PRETRAIN_STEPS, FINETUNE_STEPS = 300, 200
 SEED = 2024
 
 
