@@ -156,7 +156,9 @@ private struct Grid {
     self.columns = columns
   }
 
-  static func labelWidth(_ labels: [String]) -> Int { 16 + 7 * (labels.map { $0.count }.max() ?? 0) }
+  static func labelWidth(_ labels: [String]) -> Int {
+    16 + 7 * (labels.map { $0.count }.max() ?? 0)
+  }
 
   /// - Parameter cell: the colour's class, its strength from 0 to 1, and the text of a cell.
   func svg(_ cell: (_ row: Int, _ column: Int) -> (String, Double, String)) -> String {
