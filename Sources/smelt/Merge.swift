@@ -25,6 +25,9 @@ struct Merge: ParsableCommand {
   @Flag(help: "Replace the output folder if it is there, with all its files.")
   var force = false
 
+  @Flag(help: "Go on with a merge into this output that was killed.")
+  var resume = false
+
   @Flag(help: "Make a NaN or an infinity in the result an error.")
   var strict = false
 
@@ -61,14 +64,43 @@ struct Merge: ParsableCommand {
     if dryRun { return describe(plan, cost) }
     try refuseFullDisk(cost)
     for model in parsed.models { try refuse(writing: output, overInputs: [model]) }
+    let interrupted = try Interrupted(output, identity: identity(text, parsed))
+    let pieces = try interrupted.pieces(of: plan, isResuming: resume)
     let sink = try makeSink(plan, recipeText: text)
-    try merge(plan, cost, into: sink)
+    let journal = try interrupted.begin()
+    // Whatever ends here has removed its unfinished files; only a kill leaves something behind.
+    defer { interrupted.end() }
+    var finished: Set<Chunk> = []
+    if !pieces.isEmpty {
+      let salvaged = try plan.salvage(
+        pieces, from: interrupted.leftovers(), into: sink, journal: journal)
+      finished = salvaged.chunks
+      note("took over \(ByteSize(bytes: salvaged.bytes)) that the interrupted merge had finished")
+      interrupted.removeLeftovers()
+    }
+    try merge(plan, cost, into: sink, journal: journal, finished: finished)
   }
 
-  private func merge(_ plan: MergePlan, _ cost: MergePlan.Cost, into sink: any TensorSink) throws {
+  /// All that the result's bytes depend on.
+  private func identity(_ recipeText: String, _ recipe: Recipe) throws -> String {
+    var parts = [
+      recipeText, "\(seed)", rng.rawValue, "\(shardSize.bytes)", Smelt.configuration.version,
+    ]
+    for model in recipe.models { parts += [model] + fileStates(model) }
+    let bytes = Array(parts.joined(separator: "\0").utf8)
+    return String(xxh3(bytes.span.bytes), radix: 16)
+  }
+
+  private func merge(
+    _ plan: MergePlan, _ cost: MergePlan.Cost, into sink: any TensorSink, journal: MergeJournal,
+    finished: Set<Chunk>
+  ) throws {
     let progress = Progress(total: cost.bytesRead + cost.bytesWritten, isQuiet: quiet)
     let notFinite = Mutex<[String: Int]>([:])
-    try plan.run(into: sink, memory: resources.memory.bytes, workers: resources.jobs) { chunk in
+    try plan.run(
+      into: sink, memory: resources.memory.bytes, workers: resources.jobs, journal: journal,
+      finished: finished
+    ) { chunk in
       progress.advance(chunk.bytesRead + chunk.bytesWritten, chunk.tensor.name)
       if chunk.notFinite > 0 {
         notFinite.withLock { $0[chunk.tensor.name, default: 0] += chunk.notFinite }

@@ -5,6 +5,7 @@
 
 #include <stdbool.h>
 #include <stddef.h>
+#include <stdint.h>
 
 /// A descent of AdaptiveWeightDisentanglement, as `Descent` in Swift describes it.
 struct smelt_descent {
@@ -31,3 +32,9 @@ void smelt_descend(const struct smelt_descent *descent, const double *grams, dou
 /// Adds to the symmetric `gram` the inner products of `order` rows of `columns` floats; row r
 /// begins at `rows + r * stride`. Sixteen float lanes over blocks of 1024, folded into double.
 void smelt_gram_add(const float *rows, size_t stride, size_t columns, size_t order, double *gram);
+
+/// sum[i] = fma(values[i], weight, sum[i]): fused here, because it is asked for.
+void smelt_accumulate(float *sum, const float *values, float weight, size_t count);
+
+/// The words of `count` consecutive blocks of Philox4x32-10, four a block, from `first` on.
+void smelt_philox(uint64_t key, uint64_t sequence, uint64_t first, uint32_t *words, size_t count);

@@ -31,7 +31,7 @@ public struct File: ~Copyable, Sendable {
   }
 
   /// Opens for reading and writing a file that must not exist yet.
-  init(creating path: String) throws(CheckpointError) {
+  public init(creating path: String) throws(CheckpointError) {
     let descriptor = retrying { Glibc.open(path, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0o644) }
     guard descriptor >= 0 else { throw .system(path, "cannot be created") }
     self.init(path: path, descriptor: descriptor)
@@ -101,7 +101,7 @@ public struct File: ~Copyable, Sendable {
     return bytes
   }
 
-  func write(_ bytes: RawSpan, at offset: Int) throws(CheckpointError) {
+  public func write(_ bytes: RawSpan, at offset: Int) throws(CheckpointError) {
     let count = bytes.byteCount
     var done = 0
     var failure: Int32 = 0

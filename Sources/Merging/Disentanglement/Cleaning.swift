@@ -48,7 +48,8 @@ extension Cleaning {
   {
     guard let method = AdaptiveWeightDisentanglement.presets[preset] else {
       let known = AdaptiveWeightDisentanglement.presets.keys.sorted().joined(separator: ", ")
-      throw MergeError("there is no cleaning preset \(quoted(preset))", remedy: "known are \(known)")
+      throw MergeError(
+        "there is no cleaning preset \(quoted(preset))", remedy: "known are \(known)")
     }
     self.init(preset: preset, method: method)
     for (name, value) in parameters { try set(name, value) }

@@ -77,7 +77,9 @@ public struct DisentanglementReport: Sendable, Equatable {
 
   /// ‖τᵢ − δ‖ over ‖τᵢ‖ for every task; below 0.7 a user should be warned.
   public var retainedNorms: [Double] {
-    (0..<before.order).map { before[$0, $0] > 0 ? (after[$0, $0] / before[$0, $0]).squareRoot() : 1 }
+    (0..<before.order).map {
+      before[$0, $0] > 0 ? (after[$0, $0] / before[$0, $0]).squareRoot() : 1
+    }
   }
 
   /// Adds what was done to other groups of the same tasks.

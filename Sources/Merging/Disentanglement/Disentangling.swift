@@ -118,7 +118,9 @@ extension Disentangling {
     let summary = try options.cleaning.run(
       on: family, grams: grams, memory: memory, workers: workers
     ) { parts in
-      let steps = parts.map { self.steps(for: $0.tensor, $0.cleaning, hasRedundant: redundant != nil) }
+      let steps = parts.map {
+        self.steps(for: $0.tensor, $0.cleaning, hasRedundant: redundant != nil)
+      }
       let findings = try pipeline.run(steps.flatMap { $0 })
       return fold(findings, steps.map { $0.count }) { $0 += $1 }
         .map { $0 ?? TensorFindings(experts: family.experts.count) }

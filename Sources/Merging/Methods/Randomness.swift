@@ -17,16 +17,10 @@ public enum Randomness: Sendable {
     switch self {
     case .counter(let seed):
       let random = CounterRandom(seed: seed, tensor: tensor, stream: UInt64(model))
-      // word · 2⁻³² < p, in whole numbers.
-      let threshold = UInt64(max(0, min(1, p)) * 0x1p32)
-      var i = 0
-      while i < values.count {
-        let element = position + i
-        let words = random.words(at: UInt64(element / 4))
-        for lane in element % 4..<min(4, element % 4 + values.count - i) {
-          if UInt64(words[lane]) >= threshold { values[i] = 0 }
-          i += 1
-        }
+      // word · 2⁻³² < p, in whole numbers; p = 1 is never asked for.
+      let threshold = UInt32(min(max(0, p), 1 - 0x1p-32) * 0x1p32)
+      withWords(random, from: position, count: values.count) { words in
+        for i in values.indices { values[i] = words[i] < threshold ? values[i] : 0 }
       }
     case .mersenne(let stream, let start):
       let threshold = Float(p)
@@ -46,15 +40,24 @@ public enum Randomness: Sendable {
     switch self {
     case .counter(let seed):
       let random = CounterRandom(seed: seed, tensor: tensor, stream: UInt64(model))
-      for i in 0..<count {
-        let element = position + i
-        let word = random.words(at: UInt64(element / 4))[element % 4]
-        body(i, Float(word >> 8) * 0x1p-24)
+      withWords(random, from: position, count: count) { words in
+        for i in 0..<count { body(i, Float(words[i] >> 8) * 0x1p-24) }
       }
     case .mersenne(let stream, let start):
       stream.withDraws(from: start + rowStart + position, count: count) { draws in
         for i in 0..<count { body(i, Float(draws[i] & 0xFF_FFFF) * 0x1p-24) }
       }
     }
+  }
+
+  /// The words of consecutive elements: element e has word e mod 4 of block e / 4.
+  private func withWords(
+    _ random: CounterRandom, from position: Int, count: Int, _ body: (Span<UInt32>) -> Void
+  ) {
+    let skipped = position % 4
+    var words = [UInt32](repeating: 0, count: (skipped + count + 3) / 4 * 4)
+    var span = words.mutableSpan
+    random.fill(&span, from: UInt64(position / 4))
+    body(words.span.extracting(skipped..<skipped + count))
   }
 }

@@ -106,7 +106,8 @@ struct MergeRun: Sendable {
     allChunks(of: index).filter { !finished.contains($0) }
   }
 
-  private func allChunks(of index: Int) -> [Chunk] {
+  /// Every chunk of a task, in order.
+  func allChunks(of index: Int) -> [Chunk] {
     let stride = tasks[index].chunkStride(chunkSize)
     return Swift.stride(from: 0, to: tasks[index].output.elementCount, by: stride).map {
       Chunk(task: index, elements: $0..<min($0 + stride, tasks[index].output.elementCount))

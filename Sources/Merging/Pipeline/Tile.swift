@@ -1,3 +1,5 @@
+import CKernels
+
 /// A matrix of models × elements: one row a model, the same range of one tensor in each.
 ///
 /// Its memory is taken once, for as many columns as the budget allows, and filled again and
@@ -153,7 +155,8 @@ extension Tile {
     precondition(columns == other.columns)
     let target = buffer(row)
     let source = other.buffer(otherRow)
-    for i in 0..<columns { target[i].addProduct(source[i], weight) }
+    guard columns > 0 else { return }
+    smelt_accumulate(target.baseAddress!, source.baseAddress!, weight, columns)
   }
 
   /// self[row] /= self[divisors], where a divisor below `least` counts as that

@@ -517,14 +517,16 @@ extension MergePlan {
 
 extension MergePlan {
   /// Makes all tensors. The sink has `manifest`'s tensors and is finished by the caller.
+  /// - Parameter finished: chunks that are in the sink already.
   public func run(
-    into sink: any TensorSink, memory: Int, workers: Int, finished: Set<Chunk> = [],
+    into sink: any TensorSink, memory: Int, workers: Int, journal: MergeJournal? = nil,
+    finished: Set<Chunk> = [],
     didFinish: @escaping @Sendable (FinishedChunk) throws -> Void = { _ in }
   ) throws {
     try check(memory: memory, workers: workers)
     try MergeRun(
-      sources: sources, sink: sink, tasks: tasks, memory: memory, workers: workers,
-      finished: finished, didFinish: didFinish
+      sources: sources, sink: journal.map { JournaledSink(sink: sink, journal: $0) } ?? sink,
+      tasks: tasks, memory: memory, workers: workers, finished: finished, didFinish: didFinish
     ).run()
   }
 
