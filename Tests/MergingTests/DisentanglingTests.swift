@@ -141,8 +141,10 @@ struct DisentanglingTests {
 
   // Short of where |·| begins to chatter: there the last bits decide which way it goes.
   static let cleanings: [String] = [
-    "awd-row,rate=0.02,iterations=30", "awd-row,optimizer=converged", "awd-model,iterations=60,rate=0.05",
-    "awd-model,scope=tensor,iterations=60,rate=0.02", "awd-model,scope=block,objective=squared,rate=0.1",
+    "awd-row,rate=0.02,iterations=30", "awd-row,optimizer=converged",
+    "awd-model,iterations=60,rate=0.05",
+    "awd-model,scope=tensor,iterations=60,rate=0.02",
+    "awd-model,scope=block,objective=squared,rate=0.1",
     "awd-model,optimizer=converged", "awd-row,iterations=40,rate=0.1,objective=squared",
   ]
 
