@@ -53,6 +53,7 @@ def main():
     parser.add_argument("--gigabytes", type=float, default=1)
     parser.add_argument("--methods", nargs="*", default=list(RECIPES))
     parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--memory", default="160MiB")
     parser.add_argument("--cold", action="store_true")
     options = parser.parse_args()
     folder = options.folder or Path(tempfile.mkdtemp())
@@ -64,7 +65,9 @@ def main():
     for method in options.methods:
         path, inputs = recipe(folder, method)
         smelt = Side(
-            f"smelt {method}", [SMELT, "merge", "--quiet", path, folder / "by-smelt"],
+            f"smelt {method}", [
+                SMELT, "merge", "--quiet", "--memory", options.memory, path, folder / "by-smelt",
+            ],
             outputs=[folder / "by-smelt"],
         )
         read = " ".join(map(str, inputs))

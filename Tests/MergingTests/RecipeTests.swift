@@ -125,9 +125,9 @@ struct RecipeTests {
     ),
     (
       "merge_method: linear\nmodels:\n  - model: a\n    model: b",
-      "r.yml, line 4: a key occurs twice"
+      "r.yml, line 3: is not valid YAML: a key occurs twice: \"model\""
     ),
-    ("merge_method: [", "r.yml, line 1: is not valid YAML"),
+    ("merge_method: [", "r.yml, line 2: is not valid YAML"),
     (
       String(repeating: "[", count: 200000), "r.yml, line 1: is nested more than 100 levels deep"
     ),

@@ -187,4 +187,49 @@ struct MergeCommandTests {
     }
     #expect(result.output.contains("  epsilon, each: 0.15\n"))
   }
+
+  /// Two models of 24 tensors, large enough that a merge takes a moment.
+  private func makeLargeModels() throws -> String {
+    var random = SeededGenerator(seed: 3)
+    for name in ["a", "b"] {
+      try FileManager.default.createDirectory(
+        atPath: folder(name), withIntermediateDirectories: true)
+      let tensors = try (0..<24).map {
+        let values = (0..<1 << 16).map { _ in Float(Int32(truncatingIfNeeded: random.next())) }
+        return try SmallTensor("model.layers.\($0).mlp.up_proj.weight", [256, 256], values)
+      }
+      try Checkpoint.write(tensors, to: folder("\(name)/model.safetensors"))
+    }
+    return try write(Self.linear)
+  }
+
+  @Test(arguments: ["out", "out.safetensors"])
+  func `killed at any moment, a merge can be gone on with to the same bytes`(name: String) throws {
+    let recipe = try makeLargeModels()
+    #expect(try smelt("merge", "--quiet", recipe, folder("whole")).code == 0)
+    let expected = try Checkpoint.open(folder("whole"))
+    var random = SeededGenerator(seed: 5)
+    var tookOver = 0
+    for round in 0..<12 {
+      let process = Process()
+      process.executableURL = builtCommand
+      process.arguments = ["merge", "--quiet", "--jobs", "1", recipe, folder(name)]
+      process.standardError = FileHandle.nullDevice
+      try process.run()
+      usleep(UInt32.random(in: 20_000...400_000, using: &random))
+      kill(process.processIdentifier, SIGKILL)
+      process.waitUntilExit()
+      let result = try smelt("merge", "--quiet", "--resume", "--force", recipe, folder(name))
+      #expect(result.code == 0, "round \(round): \(result.errors)")
+      tookOver += result.errors.contains("took over 0 B") ? 0 : 1
+      let merged = try Checkpoint.open(folder(name))
+      for tensor in expected.manifest.tensors {
+        #expect(try merged.bytes(of: merged.tensor(tensor.name)) == expected.bytes(of: tensor))
+      }
+      let left = try folder.names.filter { $0.hasPrefix(".") }
+      #expect(left == [], "round \(round)")
+      try FileManager.default.removeItem(atPath: folder(name))
+    }
+    #expect(tookOver > 0)
+  }
 }

@@ -1,8 +1,9 @@
 public import Checkpoints
 import Synchronization
 
-/// Tensors written to memory.
-public final class MemorySink: TensorSink {
+/// Tensors written to memory, from which they can be read again.
+public final class MemorySink: TensorSink, TensorSource {
+  public let path = "memory"
   public let manifest: Manifest
   private let bytes: Mutex<[[UInt8]]>
 
@@ -19,7 +20,17 @@ public final class MemorySink: TensorSink {
   }
 
   public func complete() throws(CheckpointError) {}
+  public func complete() throws(CheckpointError) {}
   public func finish() throws(CheckpointError) {}
+
+  public func read(_ tensor: TensorInfo, at offset: Int, into buffer: inout MutableRawSpan)
+    throws(CheckpointError)
+  {
+    let own = bytes(of: tensor)
+    for i in 0..<buffer.byteCount {
+      buffer.storeBytes(of: own[offset + i], toByteOffset: i, as: UInt8.self)
+    }
+  }
 
   public func bytes(of tensor: TensorInfo) -> [UInt8] {
     bytes.withLock { $0[manifest.position(of: tensor.name)!] }
@@ -30,5 +41,21 @@ public final class MemorySink: TensorSink {
     var span = values.mutableSpan
     tensor.dtype.decode(bytes(of: tensor).span.bytes, into: &span)
     return values
+  }
+}
+
+/// Counts from several threads.
+public final class Counter: Sendable {
+  private let count = Mutex(0)
+
+  public init() {}
+  public var value: Int { count.withLock { $0 } }
+
+  /// The number of this call, from 1.
+  public func next() -> Int {
+    count.withLock {
+      $0 += 1
+      return $0
+    }
   }
 }

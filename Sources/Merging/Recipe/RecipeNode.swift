@@ -100,18 +100,21 @@ func nearest(_ word: String, among known: [String]) -> String? {
   return best.distance <= max(2, best.word.count / 3) ? best.word : nil
 }
 
-/// How many letters must be added, removed or exchanged (Levenshtein 1966).
+/// How many letters must be added, removed, exchanged or swapped with their neighbour (the
+/// optimal string alignment).
 private func editDistance(_ one: String, _ other: String) -> Int {
   let (one, other) = (Array(one.prefix(64)), Array(other.prefix(64)))
-  var row = Array(0...other.count)
+  var rows = [Array(0...other.count)]
   for i in one.indices {
-    var diagonal = row[0]
-    row[0] = i + 1
+    var row = [i + 1]
     for j in other.indices {
-      let substituted = diagonal + (one[i] == other[j] ? 0 : 1)
-      diagonal = row[j + 1]
-      row[j + 1] = min(substituted, row[j] + 1, row[j + 1] + 1)
+      var best = min(rows[i][j] + (one[i] == other[j] ? 0 : 1), row[j] + 1, rows[i][j + 1] + 1)
+      if i > 0, j > 0, one[i] == other[j - 1], one[i - 1] == other[j] {
+        best = min(best, rows[i - 1][j - 1] + 1)
+      }
+      row.append(best)
     }
+    rows.append(row)
   }
-  return row[other.count]
+  return rows[one.count][other.count]
 }
