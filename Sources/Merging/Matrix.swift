@@ -96,3 +96,51 @@ extension Matrix where Scalar == Double {
       0, &elements, CInt(columnCount))
   }
 }
+
+extension Matrix where Scalar: AdditiveArithmetic {
+  /// Subtracts a matrix of the same size.
+  mutating func subtract(_ other: Matrix) {
+    precondition(other.rowCount == rowCount && other.columnCount == columnCount)
+    for index in elements.indices { elements[index] -= other.elements[index] }
+  }
+}
+
+extension Matrix {
+  func map<Result>(_ transform: (Scalar) -> Result) -> Matrix<Result> {
+    Matrix<Result>(
+      rowCount: rowCount, columnCount: columnCount, elements: elements.map(transform))
+  }
+
+  /// Some of the rows, in the given order.
+  func rows(_ rows: some Sequence<Int>) -> Matrix {
+    let rows = Array(rows)
+    return Matrix(
+      rowCount: rows.count, columnCount: columnCount, elements: rows.flatMap { self[row: $0] })
+  }
+}
+
+/// Solves a small positive definite system by Cholesky's method; nil if it is not definite.
+func solveDefinite(_ matrix: [Double], _ right: [Double]) -> [Double]? {
+  let order = right.count
+  var factor = matrix
+  var solution = right
+  for i in 0..<order {
+    for j in 0...i {
+      var sum = factor[i * order + j]
+      for m in 0..<j { sum -= factor[i * order + m] * factor[j * order + m] }
+      if i == j {
+        guard sum > 0 else { return nil }
+        factor[i * order + i] = sum.squareRoot()
+      } else {
+        factor[i * order + j] = sum / factor[j * order + j]
+      }
+    }
+    for m in 0..<i { solution[i] -= factor[i * order + m] * solution[m] }
+    solution[i] /= factor[i * order + i]
+  }
+  for i in (0..<order).reversed() {
+    for m in (i + 1)..<order { solution[i] -= factor[m * order + i] * solution[m] }
+    solution[i] /= factor[i * order + i]
+  }
+  return solution
+}

@@ -26,11 +26,12 @@ private func samples(
 }
 
 /// The ridge fit with an unpenalised bias, by elimination on the normal equations.
-private func bruteForce(_ samples: CalibrationSamples, ridge: Double, without: Int?) -> [[Double]] {
+private func bruteForce(_ samples: CalibrationSamples, ridge: Double, without: [Int]) -> [[Double]]
+{
   let width = samples.features.columnCount
   let size = width + 1
   var matrix = Array(repeating: Array(repeating: 0.0, count: size + samples.taskCount), count: size)
-  for row in 0..<samples.features.rowCount where row != without {
+  for row in 0..<samples.features.rowCount where !without.contains(row) {
     let x = samples.features[row: row].map { Double($0) } + [1]
     for i in 0..<size {
       for j in 0..<size { matrix[i][j] += x[i] * x[j] }
@@ -66,7 +67,7 @@ private func predict(_ fit: [[Double]], _ x: ArraySlice<Float>) -> [Double] {
     var hits = 0
     let count = samples.features.rowCount
     for row in 0..<count {
-      let fit = bruteForce(samples, ridge: calibration.ridge, without: row)
+      let fit = bruteForce(samples, ridge: calibration.ridge, without: [row])
       let weights = predict(fit, samples.features[row: row])
       for (task, weight) in weights.enumerated() {
         let target = task == samples.tasks[row] ? 1.0 : 0
@@ -77,13 +78,33 @@ private func predict(_ fit: [[Double]], _ x: ArraySlice<Float>) -> [Double] {
     #expect(abs(calibration.leaveOneOutError - error) < 1e-8)
     #expect(calibration.leaveOneOutAccuracy == Double(hits) / Double(count))
 
-    let fit = bruteForce(samples, ridge: calibration.ridge, without: nil)
+    let fit = bruteForce(samples, ridge: calibration.ridge, without: [])
     for task in 0..<3 {
       for feature in 0..<width {
         #expect(abs(Double(calibration.gate.weight[task, feature]) - fit[task][feature]) < 1e-6)
       }
       #expect(abs(Double(calibration.gate.bias[task]) - fit[task][width]) < 1e-5)
     }
+  }
+
+  @Test func `layers that share a gate leave a sample out of all at once`() throws {
+    let layers = try (1...3).map { seed in
+      try samples(perTask: 5, width: 7, tasks: 2, noise: 1.5, seed: UInt64(seed))
+    }
+    let shared = try CalibrationSamples(layers: layers)
+    let calibration = RouterCalibration(shared)
+    var error = 0.0
+    for sample in 0..<10 {
+      let rows = (0..<3).map { $0 * 10 + sample }
+      let fit = bruteForce(shared, ridge: calibration.ridge, without: rows)
+      for row in rows {
+        for (task, weight) in predict(fit, shared.features[row: row]).enumerated() {
+          let target = task == shared.tasks[row] ? 1.0 : 0
+          error += (weight - target) * (weight - target) / 30
+        }
+      }
+    }
+    #expect(abs(calibration.leaveOneOutError - error) < 1e-8)
   }
 
   @Test func `tasks that lie apart are told apart`() throws {

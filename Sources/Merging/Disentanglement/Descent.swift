@@ -30,26 +30,16 @@ struct Descent {
 
   typealias Path = (previous: [Double], last: [Double])
 
-  /// The coefficients after all steps, and those before the last one.
-  func run(_ gram: GramMatrix, iterations: Int) -> Path {
-    switch order {
-    case ...4: runInLanes(gram, iterations, SIMD4<Double>.self)
-    case ...8: runInLanes(gram, iterations, SIMD8<Double>.self)
-    case ...16: runInLanes(gram, iterations, SIMD16<Double>.self)
-    default: runPlainly(gram, iterations: iterations)
-    }
-  }
-
   /// ‖∇L_O‖ at δ = 0, for one group alone.
   static func slope(_ gram: GramMatrix, squared: Bool, epsilon: Double = 0) -> Double {
     guard gram.order > 1 else { return 0 }
     let probe = Descent(order: gram.order, squared: squared, epsilon: epsilon, rate: -1)
     // One step at rate −1 from a = 0 arrives at the gradient's own coefficients.
-    return gram.squaredNorm(of: probe.runPlainly(gram, iterations: 1).last).squareRoot()
+    return gram.squaredNorm(of: probe.run(gram, iterations: 1).last).squareRoot()
   }
 
-  /// The descent over arrays, for any number of tasks.
-  func runPlainly(_ gram: GramMatrix, iterations: Int) -> Path {
+  /// The coefficients after all steps, and those before the last one.
+  func run(_ gram: GramMatrix, iterations: Int) -> Path {
     let null = gram.nullVectors
     var a = Array(repeating: 0.0, count: order)
     var previous = a, u = a, g = a, t = a, r = a, withCosine = a, withScale = a
@@ -90,68 +80,6 @@ struct Descent {
       for vector in null { a.project(outOf: vector); u.project(outOf: vector) }
     }
     return (previous, a)
-  }
-
-  /// The same arithmetic with a vector register (or a few) for a row of the matrix.
-  private func runInLanes<V: SIMD>(_ gram: GramMatrix, _ iterations: Int, _: V.Type) -> Path
-  where V.Scalar == Double {
-    let null = gram.nullVectors
-    var rows: [V] = []
-    var others: [V] = []
-    var norms = V()
-    for i in 0..<order {
-      var row = V()
-      var other = V()
-      for j in 0..<order {
-        row[j] = gram[i, j]
-        other[j] = i == j ? 0 : 1
-      }
-      rows.append(row)
-      others.append(other)
-      norms[i] = gram[i, i]
-    }
-    let noise = norms * vanishing
-    var a = V(), previous = V(), u = V()
-    for _ in 0..<iterations {
-      previous = a
-      var g = V()
-      for i in 0..<order { g += rows[i] * a[i] }
-      var q = 0.0
-      for j in 0..<order { q += a[j] * g[j] }
-      q = max(0, q)
-      let squares = norms - 2 * g + q
-      let isZero = (norms .<= 0) .| (squares .<= noise)
-      let norm = squares.squareRoot()
-      let t = (1 / norm).replacing(with: 0, where: isZero)
-      let r = (1 / (norm + epsilon)).replacing(with: 0, where: isZero)
-      var withCosine = V()
-      var withScale = V()
-      for i in 0..<order {
-        let cosine = (rows[i] - g + (q - g[i])) * r * r[i]
-        var slope = V()
-        if squared {
-          slope = 2 * cosine
-        } else {
-          slope.replace(with: 1, where: cosine .> 0)
-          slope.replace(with: -1, where: cosine .< 0)
-        }
-        slope *= others[i]
-        withCosine += slope * cosine
-        withScale += slope * r[i]
-      }
-      let p = (withCosine * t - withScale) * r * (2 * pairWeight)
-      var sum = 0.0
-      for j in 0..<order { sum += p[j] }
-      let shrink = weightDecay - sum + (q > 0 ? penalty / q.squareRoot() : 0)
-      u = u * momentum + (p + a * shrink)
-      a -= u * rate
-      if !null.isEmpty {
-        var arrays = (a: (0..<order).map { a[$0] }, u: (0..<order).map { u[$0] })
-        for vector in null { arrays.a.project(outOf: vector); arrays.u.project(outOf: vector) }
-        for j in 0..<order { (a[j], u[j]) = (arrays.a[j], arrays.u[j]) }
-      }
-    }
-    return ((0..<order).map { previous[$0] }, (0..<order).map { a[$0] })
   }
 }
 

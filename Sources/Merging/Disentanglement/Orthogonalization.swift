@@ -68,29 +68,3 @@ extension CleanedProducts {
     return (cosine, gradient)
   }
 }
-
-/// Solves a small positive definite system by Cholesky's method; nil if it is not definite.
-private func solveDefinite(_ matrix: [Double], _ right: [Double]) -> [Double]? {
-  let order = right.count
-  var factor = matrix
-  var solution = right
-  for i in 0..<order {
-    for j in 0...i {
-      var sum = factor[i * order + j]
-      for m in 0..<j { sum -= factor[i * order + m] * factor[j * order + m] }
-      if i == j {
-        guard sum > 0 else { return nil }
-        factor[i * order + i] = sum.squareRoot()
-      } else {
-        factor[i * order + j] = sum / factor[j * order + j]
-      }
-    }
-    for m in 0..<i { solution[i] -= factor[i * order + m] * solution[m] }
-    solution[i] /= factor[i * order + i]
-  }
-  for i in (0..<order).reversed() {
-    for m in (i + 1)..<order { solution[i] -= factor[m * order + i] * solution[m] }
-    solution[i] /= factor[i * order + i]
-  }
-  return solution
-}

@@ -1,12 +1,13 @@
-import COpenBLAS
 import Glibc
 
 /// The MLP inputs of one layer (means over tokens) with the task that each sample belongs to.
 public struct CalibrationSamples: Sendable {
-  /// [samples, width].
-  public let features: Matrix<Float>
-  public let tasks: [Int]
+  /// [layers × samples, width].
+  public private(set) var features: Matrix<Float>
+  public private(set) var tasks: [Int]
   public let taskCount: Int
+  /// How many layers' inputs follow each other: row l·(samples) + s is sample s at layer l.
+  public private(set) var layerCount = 1
 
   public init(
     features: Matrix<Float>, tasks: [Int], taskCount: Int
@@ -33,6 +34,34 @@ public struct CalibrationSamples: Sendable {
   }
 }
 
+extension CalibrationSamples {
+  /// The inputs of several layers that share one gate.
+  public init(layers: [CalibrationSamples]) throws(CalibrationError) {
+    for layer in layers where layer.tasks != layers[0].tasks {
+      throw CalibrationError("layers that share a gate have samples of different tasks")
+    }
+    for layer in layers
+    where layer.features.columnCount != layers[0].features.columnCount {
+      throw CalibrationError("layers that share a gate differ in width")
+    }
+    try self.init(
+      features: Matrix(
+        rowCount: layers.reduce(0) { $0 + $1.features.rowCount },
+        columnCount: layers.first?.features.columnCount ?? 0,
+        elements: layers.flatMap(\.features.elements)),
+      tasks: layers.flatMap(\.tasks), taskCount: layers.first?.taskCount ?? 0)
+    layerCount = layers.count
+  }
+
+  /// Some of the samples.
+  func subset(_ rows: [Int]) -> CalibrationSamples {
+    var subset = self
+    subset.features = features.rows(rows)
+    subset.tasks = rows.map { tasks[$0] }
+    return subset
+  }
+}
+
 /// What is wrong with calibration samples.
 public struct CalibrationError: Error, Equatable, CustomStringConvertible {
   public let description: String
@@ -42,9 +71,9 @@ public struct CalibrationError: Error, Equatable, CustomStringConvertible {
 /// A linear gate W h + b fitted to one-hot targets: ‖W h + b − e_task‖² + ridge·‖W‖², with the
 /// ridge that predicts best what was left out.
 ///
-/// A small fixed ridge overfits where there are about as many samples as features. Leaving one
-/// sample out needs no second fit: its residual is the fit's, divided by 1 − its leverage (the
-/// diagonal of the hat matrix).
+/// A small fixed ridge overfits where there are about as many samples as features. Leaving a
+/// sample out needs no second fit: with H its block of the hat matrix, its residual becomes
+/// (1 − H)⁻¹ times the fit's. A sample that several layers share is left out of all at once.
 public struct RouterCalibration: Sendable {
   /// W [tasks, width] and b.
   public let gate: Dense
@@ -58,73 +87,79 @@ public struct RouterCalibration: Sendable {
   static let relativeRidges = (-12...6).map { pow(10, Double($0) / 2) }
 
   public init(_ samples: CalibrationSamples) {
-    let (count, width) = (samples.features.rowCount, samples.features.columnCount)
-    let (features, mean) = centred(samples.features)
-    var targets = Matrix(rowCount: count, columnCount: samples.taskCount, repeating: 0.0)
+    self.init(samples, PrincipalFeatures(samples.features))
+  }
+
+  init(_ samples: CalibrationSamples, _ features: PrincipalFeatures) {
+    var targets = Matrix(
+      rowCount: samples.tasks.count, columnCount: samples.taskCount, repeating: 0.0)
     for (row, task) in samples.tasks.enumerated() { targets[row, task] = 1 }
     let (centredTargets, targetMean) = centred(targets)
+    let cross = Matrix(.transposed(features.scores), .plain(centredTargets))
+    let scale = features.values.reduce(0, +) / Double(features.mean.count)
 
-    // Features = U·S·Vᵀ by the eigenvectors of the smaller of the two Gram matrices.
-    let isWide = count < width
-    let gram =
-      isWide
-      ? Matrix(.plain(features), .transposed(features))
-      : Matrix(.transposed(features), .plain(features))
-    let scale = features.elements.reduce(0) { $0 + $1 * $1 } / Double(width)
-    let (values, vectors) = eigen(gram)
-    // `scores` are U·S (primal) or U (dual), one row a sample.
-    let scores = isWide ? vectors : Matrix(.plain(features), .plain(vectors))
-    let cross = Matrix(.transposed(scores), .plain(centredTargets))
-
-    var best: (error: Double, accuracy: Double, ridge: Double)?
+    var best: (ridge: Double, error: Double, accuracy: Double, coefficients: Matrix<Double>)?
     for relative in Self.relativeRidges {
       let ridge = max(relative * scale, .leastNormalMagnitude)
-      let shares = values.map { (isWide ? max(0, $0) : 1) / (max(0, $0) + ridge) }
-      var scaled = cross
-      for row in 0..<scaled.rowCount {
-        for column in 0..<scaled.columnCount { scaled[row, column] *= shares[row] }
+      let shares = features.values.map { 1 / ($0 + ridge) }
+      var coefficients = cross
+      for row in 0..<cross.rowCount {
+        for column in 0..<cross.columnCount { coefficients[row, column] *= shares[row] }
       }
-      let fitted = Matrix(.plain(scores), .plain(scaled))
-      var error = 0.0
-      var hits = 0
-      for row in 0..<count {
-        var leverage = 1 / Double(count)
-        for (share, score) in zip(shares, scores[row: row]) { leverage += share * score * score }
-        let rest = max(1 - leverage, 1e-12)
-        var largest = (task: 0, weight: -Double.infinity)
-        for task in 0..<samples.taskCount {
-          let residual = (centredTargets[row, task] - fitted[row, task]) / rest
-          let weight = targets[row, task] - residual
-          error += residual * residual / Double(count)
-          if weight > largest.weight { largest = (task, weight) }
-        }
-        if largest.task == samples.tasks[row] { hits += 1 }
-      }
-      if best == nil || error < best!.error {
-        best = (error, Double(hits) / Double(count), ridge)
-      }
+      var residuals = centredTargets
+      residuals.subtract(Matrix(.plain(features.scores), .plain(coefficients)))
+      leaveOut(&residuals, features.scores, shares, layers: samples.layerCount)
+      let error = residuals.elements.reduce(0) { $0 + $1 * $1 } / Double(residuals.rowCount)
+      guard best == nil || error < best!.error else { continue }
+      let weights = residuals.elements.indices.map { targets.elements[$0] - residuals.elements[$0] }
+      let accuracy = routingAccuracy(
+        Matrix(rowCount: targets.rowCount, columnCount: targets.columnCount, elements: weights),
+        samples.tasks)
+      best = (ridge, error, accuracy, coefficients)
     }
-
     ridge = best!.ridge
     leaveOneOutError = best!.error
     leaveOneOutAccuracy = best!.accuracy
-    let ridge = ridge
-    var scaled = cross
-    for row in 0..<scaled.rowCount {
-      for column in 0..<scaled.columnCount { scaled[row, column] /= max(0, values[row]) + ridge }
-    }
-    let weight =
-      isWide
-      ? Matrix(.transposed(Matrix(.plain(scores), .plain(scaled))), .plain(features))
-      : Matrix(.transposed(scaled), .transposed(vectors))
-    let bias = (0..<samples.taskCount).map { task in
-      targetMean[task] - zip(weight[row: task], mean).reduce(0) { $0 + $1.0 * $1.1 }
-    }
-    gate = Dense(
-      weight: Matrix(
-        rowCount: weight.rowCount, columnCount: width, elements: weight.elements.map { Float($0) }),
-      bias: bias.map { Float($0) })
+    gate = features.gate(best!.coefficients, bias: targetMean)
   }
+}
+
+/// Turns the residuals of a fit into those of samples that the fit has not seen.
+private func leaveOut(
+  _ residuals: inout Matrix<Double>, _ scores: Matrix<Double>, _ shares: [Double], layers: Int
+) {
+  let count = residuals.rowCount / layers
+  for sample in 0..<count {
+    let rows = (0..<layers).map { $0 * count + sample }
+    // 1 − H, its share of the unpenalised bias included.
+    var block = Array(repeating: 0.0, count: layers * layers)
+    for (i, row) in rows.enumerated() {
+      for (j, other) in rows[...i].enumerated() {
+        var leverage = 1 / Double(residuals.rowCount)
+        for index in shares.indices {
+          leverage += shares[index] * scores[row, index] * scores[other, index]
+        }
+        block[i * layers + j] = -leverage
+        block[j * layers + i] = -leverage
+      }
+      block[i * layers + i] = max(1 + block[i * layers + i], 1e-12)
+    }
+    for column in 0..<residuals.columnCount {
+      let fitted = rows.map { residuals[$0, column] }
+      // A sample that alone determines the fit cannot be left out: it predicts nothing.
+      let left = solveDefinite(block, fitted) ?? fitted.map { $0 * 1e12 }
+      for (row, value) in zip(rows, left) { residuals[row, column] = value }
+    }
+  }
+}
+
+/// The share of rows whose largest weight is their own task's.
+func routingAccuracy(_ weights: Matrix<Double>, _ tasks: [Int]) -> Double {
+  let hits = tasks.indices.count { row in
+    let mixture = Array(weights[row: row])
+    return mixture.firstIndex(of: mixture.max()!) == tasks[row]
+  }
+  return Double(hits) / Double(tasks.count)
 }
 
 extension Router {
@@ -156,49 +191,4 @@ extension Router {
       Dense(weight: identity, bias: Array(repeating: Float(shift), count: width)),
       Dense(weight: gate.weight, bias: bias))
   }
-}
-
-/// A matrix less the mean of its rows, and that mean.
-private func centred<Scalar: BinaryFloatingPoint & Sendable>(
-  _ matrix: Matrix<Scalar>
-) -> (Matrix<Double>, mean: [Double]) {
-  var mean = Array(repeating: 0.0, count: matrix.columnCount)
-  var elements = matrix.elements.map { Double($0) }
-  for row in 0..<matrix.rowCount {
-    for column in mean.indices { mean[column] += elements[row * mean.count + column] }
-  }
-  for column in mean.indices { mean[column] /= Double(matrix.rowCount) }
-  for row in 0..<matrix.rowCount {
-    for column in mean.indices { elements[row * mean.count + column] -= mean[column] }
-  }
-  let centred = Matrix(
-    rowCount: matrix.rowCount, columnCount: matrix.columnCount, elements: elements)
-  return (centred, mean)
-}
-
-/// The eigenvalues of a symmetric matrix, ascending, and its eigenvectors as columns.
-func eigen(_ matrix: Matrix<Double>) -> (values: [Double], vectors: Matrix<Double>) {
-  _ = singleThreadedBLAS
-  var vectors = matrix.elements
-  var order = CInt(matrix.rowCount)
-  var values = Array(repeating: 0.0, count: matrix.rowCount)
-  var status: CInt = 0
-  var size = 0.0
-  var integerSize: CInt = 0
-  var query: CInt = -1
-  // The first call asks how much scratch memory the second needs.
-  dsyevd_("V", "U", &order, &vectors, &order, &values, &size, &query, &integerSize, &query, &status)
-  query = CInt(size)
-  var scratch = Array(repeating: 0.0, count: Int(size))
-  var integers = Array(repeating: CInt(0), count: Int(integerSize))
-  dsyevd_(
-    "V", "U", &order, &vectors, &order, &values, &scratch, &query, &integers, &integerSize, &status)
-  precondition(status == 0, "dsyevd does not converge")
-  // Fortran's columns are our rows.
-  let count = matrix.rowCount
-  var columns = Matrix(rowCount: count, columnCount: count, repeating: 0.0)
-  for row in 0..<count {
-    for column in 0..<count { columns[column, row] = vectors[row * count + column] }
-  }
-  return (values, columns)
 }

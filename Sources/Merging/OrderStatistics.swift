@@ -1,0 +1,149 @@
+/// Exact order statistics of |x| over values that stream by twice, in half a megabyte of counters
+/// and a quarter for every rank.
+///
+/// The order of magnitudes is the order of their bit patterns. The first pass counts the upper
+/// 16 of their 31 bits, which tells where each wanted rank lies; the second counts the lower 15
+/// bits of the values there. Values whose lower bits are all zero (BF16) need one pass only.
+/// Counts are whole numbers: neither tiles nor workers change a result. NaN counts as larger than
+/// infinity.
+public struct OrderStatistics: Sendable {
+  /// The value of a rank, and how many values are smaller than it or equal to it.
+  public struct Statistic: Sendable, Equatable {
+    public let magnitude: Float
+    public let smallerCount: Int
+    public let equalCount: Int
+  }
+
+  private let ranks: [Int]
+  private var found: [Statistic] = []
+  private var counts: [Int]
+  private var lowerBits: UInt32 = 0
+  /// Of the second pass: the first counter of every upper half that holds a rank.
+  private var firstCounter: [Int32] = []
+  private var upperHalves: [(upper: Int, smallerCount: Int)] = []
+
+  /// - Parameter ranks: Positions in ascending order of magnitude, from 0.
+  public init(ranks: some Sequence<Int>) {
+    self.ranks = ranks.sorted()
+    counts = Array(repeating: 0, count: 1 << 16)
+  }
+
+  /// Whether all ranks are known, and no (further) pass is needed.
+  public var isComplete: Bool { found.count == ranks.count }
+
+  /// Takes in some of the values of this pass.
+  public mutating func observe(_ values: Span<Float>) {
+    if firstCounter.isEmpty {
+      var bits: UInt32 = 0
+      for index in values.indices {
+        let pattern = values[index].bitPattern & 0x7FFF_FFFF
+        bits |= pattern
+        counts[Int(pattern >> 15)] += 1
+      }
+      lowerBits |= bits & 0x7FFF
+    } else {
+      for index in values.indices {
+        let pattern = values[index].bitPattern & 0x7FFF_FFFF
+        let first = firstCounter[Int(pattern >> 15)]
+        if first >= 0 { counts[Int(first) + Int(pattern & 0x7FFF)] += 1 }
+      }
+    }
+  }
+
+  /// Takes in what another observed of the same pass.
+  public static func += (sum: inout Self, other: Self) {
+    precondition(sum.ranks == other.ranks && sum.counts.count == other.counts.count)
+    for index in sum.counts.indices { sum.counts[index] += other.counts[index] }
+    sum.lowerBits |= other.lowerBits
+  }
+
+  /// Ends a pass over all values.
+  public mutating func finishPass() {
+    guard !isComplete else { return }
+    if firstCounter.isEmpty { finishFirstPass() } else { finishSecondPass() }
+  }
+
+  /// The statistic of a rank that was asked for, after the last pass.
+  public subscript(rank: Int) -> Statistic { found[ranks.firstIndex(of: rank)!] }
+
+  private mutating func finishFirstPass() {
+    var halves: [Statistic] = []
+    locate(in: counts[...], smallerCount: 0, bitsOf: { UInt32($0) << 15 }, into: &halves)
+    precondition(halves.count == ranks.count, "a rank beyond the number of values")
+    if lowerBits == 0 { return found = halves }
+
+    firstCounter = Array(repeating: -1, count: 1 << 16)
+    for half in halves {
+      let upper = Int(half.magnitude.bitPattern >> 15)
+      guard firstCounter[upper] < 0 else { continue }
+      firstCounter[upper] = Int32(upperHalves.count << 15)
+      upperHalves.append((upper, half.smallerCount))
+    }
+    counts = Array(repeating: 0, count: upperHalves.count << 15)
+  }
+
+  private mutating func finishSecondPass() {
+    for (index, half) in upperHalves.enumerated() {
+      locate(
+        in: counts[index << 15..<(index + 1) << 15], smallerCount: half.smallerCount,
+        bitsOf: { UInt32(half.upper) << 15 | UInt32($0) }, into: &found)
+    }
+    precondition(isComplete, "the passes differ")
+  }
+
+  /// Appends the statistics of all further ranks that lie within these counters.
+  private func locate(
+    in counts: ArraySlice<Int>, smallerCount: Int, bitsOf: (Int) -> UInt32,
+    into statistics: inout [Statistic]
+  ) {
+    var smallerCount = smallerCount
+    for index in counts.indices {
+      guard statistics.count < ranks.count else { return }
+      let count = counts[index]
+      while statistics.count < ranks.count, ranks[statistics.count] < smallerCount + count {
+        let magnitude = Float(bitPattern: bitsOf(index - counts.startIndex))
+        statistics.append(
+          Statistic(magnitude: magnitude, smallerCount: smallerCount, equalCount: count))
+      }
+      smallerCount += count
+    }
+  }
+}
+
+/// The quantile of |x| by linear interpolation between order statistics at position ρ·(n−1), as
+/// E-WEMoE prunes (Shen et al., arXiv 2410.21804): a value is kept if its magnitude is greater.
+public struct MagnitudeQuantile: Sendable {
+  private let below: Int
+  private let above: Int
+  private let share: Double
+  /// Observes the values, in one pass or two.
+  public var statistics: OrderStatistics
+
+  /// - Parameters:
+  ///   - ratio: ρ, from 0 to 1.
+  ///   - count: n, the number of values; at least one.
+  public init(_ ratio: Double, of count: Int) {
+    precondition(count > 0 && (0...1).contains(ratio))
+    let position = ratio * Double(count - 1)
+    below = min(Int(position), count - 1)
+    above = min(below + 1, count - 1)
+    share = position - Double(below)
+    statistics = OrderStatistics(ranks: [below, above])
+  }
+
+  /// The quantile, after the last pass.
+  public var value: Double {
+    let (low, high) = (
+      Double(statistics[below].magnitude), Double(statistics[above].magnitude)
+    )
+    // ∞ − ∞ and 0·∞ are no numbers.
+    return low == high || share == 0 ? low : low + (high - low) * share
+  }
+}
+
+/// Sets every value to zero whose magnitude is not greater than the threshold.
+public func prune(_ values: inout MutableSpan<Float>, above threshold: Double) {
+  for index in values.indices where !(Double(values[index].magnitude) > threshold) {
+    values[index] = 0
+  }
+}
