@@ -10,6 +10,10 @@ public protocol TensorSource: Sendable {
   /// - Precondition: `tensor` is in `manifest` and the range lies within it.
   func read(_ tensor: TensorInfo, at offset: Int, into buffer: inout MutableRawSpan)
     throws(CheckpointError)
+
+  /// Writes these tensors to the tensors of `sink` with the same names, byte for byte; a source
+  /// that has checksums of whole tensors verifies them.
+  func copy(_ tensors: [TensorInfo], into sink: any TensorSink, workers: Int) throws
 }
 
 extension TensorSource {
@@ -102,6 +106,9 @@ public protocol CheckpointFormat: SendableMetatype {
   static func open(_ path: String) throws(CheckpointError) -> any TensorSource
   static func create(_ path: String, _ manifest: Manifest) throws(CheckpointError)
     -> any TensorSink
+  /// Writes everything a source holds; a format that wants to see the data before it lays the
+  /// file out does it here.
+  static func write(_ source: any TensorSource, to path: String, workers: Int) throws
 }
 
 /// The checkpoint formats that Smelt knows. A new one is a file and a line here.
@@ -109,6 +116,7 @@ public enum Checkpoint {
   public static let formats: [any CheckpointFormat.Type] = [
     Safetensors.self,
     HDF5.self,
+    Bundle.self,
   ]
 
   /// Opens a checkpoint; its first bytes, not its name, say what it is.
@@ -125,9 +133,16 @@ public enum Checkpoint {
   public static func create(_ path: String, _ manifest: Manifest) throws(CheckpointError)
     -> any TensorSink
   {
+    try format(writing: path).create(path, manifest)
+  }
+
+  /// The format that the name's ending calls for.
+  private static func format(writing path: String) throws(CheckpointError)
+    -> any CheckpointFormat.Type
+  {
     for format in formats
     where format.fileExtensions.contains(where: { path.lowercased().hasSuffix("." + $0) }) {
-      return try format.create(path, manifest)
+      return format
     }
     let endings = formats.flatMap { $0.fileExtensions }.map { "." + $0 }
     throw CheckpointError(
@@ -137,6 +152,12 @@ public enum Checkpoint {
 
   /// Writes everything a source holds to a new checkpoint, byte for byte.
   public static func write(_ source: any TensorSource, to path: String, workers: Int = 2) throws {
+    try format(writing: path).write(source, to: path, workers: workers)
+  }
+}
+
+extension CheckpointFormat {
+  public static func write(_ source: any TensorSource, to path: String, workers: Int) throws {
     let sink = try create(path, source.manifest)
     try source.copy(into: sink, workers: workers)
     try sink.finish()

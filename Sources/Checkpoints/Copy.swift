@@ -1,12 +1,14 @@
 extension TensorSource {
   /// Writes tensors of `sink` from the tensors of the same names here, byte for byte.
-  ///
-  /// Memory is `workers` pieces of 4 MiB, whatever the tensors' sizes.
   /// - Parameter tensors: those to copy; every tensor of the sink if not given.
   public func copy(
     _ tensors: [TensorInfo]? = nil, into sink: any TensorSink, workers: Int = 2
   ) throws {
-    let tensors = tensors ?? sink.manifest.tensors
+    try copy(tensors ?? sink.manifest.tensors, into: sink, workers: workers)
+  }
+
+  /// Memory is `workers` pieces of 4 MiB, whatever the tensors' sizes.
+  public func copy(_ tensors: [TensorInfo], into sink: any TensorSink, workers: Int) throws {
     let pieces = Pieces(of: tensors, size: 4 << 20)
     try forEachStep(count: pieces.count, workers: workers) {
       Buffer(byteCount: pieces.largest)

@@ -14,11 +14,27 @@ public struct Manifest: Sendable {
   public init(
     _ tensors: [TensorInfo], metadata: [String: String] = [:], safetensorsHeader: [UInt8]? = nil
   ) {
+    self.init(proving: tensors, metadata, safetensorsHeader) { (tensor) -> Never in
+      preconditionFailure("two tensors are named \(quoted(tensor.name))")
+    }
+  }
+
+  /// The manifest of a stranger's file.
+  /// - Throws: what `duplicate` makes of a tensor whose name an earlier one has.
+  init<Failure: Error>(
+    proving tensors: [TensorInfo], _ metadata: [String: String] = [:],
+    _ safetensorsHeader: [UInt8]? = nil, duplicate: (TensorInfo) -> Failure
+  ) throws(Failure) {
+    var positions = [ExactName: Int](minimumCapacity: tensors.count)
+    for (position, tensor) in tensors.enumerated() {
+      guard positions.updateValue(position, forKey: ExactName(tensor.name)) == nil else {
+        throw duplicate(tensor)
+      }
+    }
     self.tensors = tensors
     self.metadata = metadata
     self.safetensorsHeader = safetensorsHeader
-    self.positions = Dictionary(
-      uniqueKeysWithValues: tensors.enumerated().map { (ExactName($1.name), $0) })
+    self.positions = positions
   }
 
   /// Where the tensor of this name stands in `tensors`.
@@ -40,7 +56,10 @@ struct ExactName: Hashable {
   init(_ name: String) { self.name = name }
 
   static func == (left: ExactName, right: ExactName) -> Bool {
-    left.name.utf8.elementsEqual(right.name.utf8)
+    var (left, right) = (left.name, right.name)
+    return left.withUTF8 { left in
+      right.withUTF8 { left.count == $0.count && left.elementsEqual($0) }
+    }
   }
 
   func hash(into hasher: inout Hasher) {

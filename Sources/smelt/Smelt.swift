@@ -33,6 +33,11 @@ struct Smelt: ParsableCommand {
       source.setEventHandler {
         Checkpoint.abandonUnfinishedOutputs()
         signal(number, SIG_DFL)
+        // Dispatch blocks signals in its threads, and a parent may have blocked them in ours.
+        var mask = sigset_t()
+        sigemptyset(&mask)
+        sigaddset(&mask, number)
+        pthread_sigmask(SIG_UNBLOCK, &mask, nil)
         raise(number)
       }
       source.resume()

@@ -3,8 +3,10 @@
 /// A half-finished or mistaken download is what confuses people most, so it is named.
 func likeness(of beginning: [UInt8]) -> (kind: String, remedy: String?)? {
   func starts(_ text: String) -> Bool { beginning.starts(with: text.utf8) }
-  // A safetensors header of 640 bytes begins like a pickle; its brace tells them apart.
-  if beginning.count > 8, beginning[8] == UInt8(ascii: "{") { return nil }
+  // A safetensors header of 640 bytes begins like a pickle; its brace, which white space may
+  // precede, tells them apart.
+  let brace = beginning.dropFirst(8).first { ![0x20, 0x0A, 0x0D, 0x09].contains($0) }
+  if brace == UInt8(ascii: "{") { return nil }
   if starts("version http") {
     return ("a Git LFS pointer", "fetch the file itself with 'git lfs pull'")
   }

@@ -27,7 +27,10 @@ public enum HDF5: CheckpointFormat {
   public static func open(_ path: String) throws(CheckpointError) -> any TensorSource {
     let file = try MappedFile(path)
     let contents = try Contents(proving: Inventory(reading: path), of: file)
-    return FlatSource(file, contents.manifest, offsets: contents.offsets)
+    if let offsets = contents.offsets {
+      return FlatSource(file, contents.manifest, offsets: offsets)
+    }
+    return try HDF5Source(path, contents)
   }
 
   public static func create(_ path: String, _ manifest: Manifest) throws(CheckpointError)

@@ -7,9 +7,20 @@ extension HDF5 {
   /// An inventory that has been proven right: tensors, and where in the file their bytes are.
   struct Contents: Sendable {
     let manifest: Manifest
-    /// Where each tensor of the manifest begins in the file.
-    let offsets: [Int]
+    /// Where the bytes of each tensor of the manifest are.
+    let places: [Place]
   }
+
+  enum Place: Sendable {
+    /// From this byte of the file on.
+    case range(from: Int)
+    case inline([UInt8])
+    /// In these chunks, each within the file, one for every cell of the grid.
+    case chunks(ChunkGrid, [Filter], [Chunk])
+  }
+
+  /// Chunks of others may be large, but a worker must hold one.
+  static let largestChunk = 1 << 30
 }
 
 extension HDF5.Contents {
@@ -17,7 +28,7 @@ extension HDF5.Contents {
   init(proving inventory: HDF5.Inventory, of file: MappedFile) throws(CheckpointError) {
     let path = file.path
     var names = Set<ExactName>()
-    var tensors: [(tensor: TensorInfo, offset: Int)] = []
+    var tensors: [(tensor: TensorInfo, place: HDF5.Place)] = []
     for dataset in inventory.datasets {
       do throws(HDF5Failure) {
         let tensor = try dataset.tensor(isOurs: inventory.metadata != nil)
@@ -33,13 +44,13 @@ extension HDF5.Contents {
     }
     guard let original else {
       manifest = Manifest(tensors.map { $0.tensor }, metadata: metadata)
-      offsets = tensors.map { $0.offset }
+      places = tensors.map { $0.place }
       return
     }
-    let positions = Dictionary(
-      uniqueKeysWithValues: tensors.map { (ExactName($0.tensor.name), $0.offset) })
+    let byName = Dictionary(
+      uniqueKeysWithValues: tensors.map { (ExactName($0.tensor.name), $0.place) })
     manifest = original
-    offsets = original.tensors.map { positions[ExactName($0.name)]! }
+    places = original.tensors.map { byName[ExactName($0.name)]! }
   }
 
   /// What the kept safetensors header says, if it still says what the file holds: someone may
@@ -64,6 +75,23 @@ extension HDF5.Contents {
       manifest.metadata.filter({ HDF5.canName($0.key) }) == metadata
     else { return nil }
     return manifest
+  }
+}
+
+extension HDF5.Contents {
+  /// Where each tensor begins, if all are byte ranges of the file.
+  var offsets: [Int]? {
+    var offsets: [Int] = []
+    for (tensor, place) in zip(manifest.tensors, places) {
+      if case .range(let start) = place {
+        offsets.append(start)
+      } else if tensor.byteCount == 0 {
+        offsets.append(0)
+      } else {
+        return nil
+      }
+    }
+    return offsets
   }
 }
 
@@ -93,15 +121,42 @@ extension HDF5.Inventory.Dataset {
     } catch { throw HDF5Failure("has a shape too large to count its bytes") }
   }
 
-  /// - Returns: where the bytes begin, all of which lie in the file.
-  fileprivate func prove(_ tensor: TensorInfo, fileSize: Int) throws(HDF5Failure) -> Int {
-    guard case .contiguous(let offset) = storage, tensor.byteCount > 0 else { return 0 }
-    let end = offset.addingReportingOverflow(tensor.byteCount)
-    guard offset >= 0, !end.overflow, end.partialValue <= fileSize else {
-      throw HDF5Failure(
-        "has \(tensor.byteCount) bytes from byte \(offset) on, beyond the file's \(fileSize)",
-        remedy: "the file is truncated or damaged: get it again")
+  /// - Returns: where the bytes are, all of which lie in the file.
+  fileprivate func prove(_ tensor: TensorInfo, fileSize: Int) throws(HDF5Failure) -> HDF5.Place {
+    guard tensor.byteCount > 0 else { return .inline([]) }
+    func prove(_ what: String, at offset: Int, _ byteCount: Int) throws(HDF5Failure) {
+      let end = offset.addingReportingOverflow(byteCount)
+      guard offset >= 0, byteCount >= 0, !end.overflow, end.partialValue <= fileSize else {
+        throw HDF5Failure(
+          "has \(what)\(byteCount) bytes from byte \(offset) on, beyond the file's \(fileSize)",
+          remedy: "the file is truncated or damaged: get it again")
+      }
     }
-    return offset
+    switch storage {
+    case .nothing: throw HDF5Failure("has a shape but no bytes")
+    case .contiguous(let offset):
+      try prove("", at: offset, tensor.byteCount)
+      return .range(from: offset)
+    case .inline(let bytes):
+      guard bytes.count == tensor.byteCount else {
+        throw HDF5Failure("holds \(bytes.count) bytes instead of \(tensor.byteCount)")
+      }
+      return .inline(bytes)
+    case .chunked(let lengths, let filters, let chunks):
+      let grid = ChunkGrid(
+        dimensions: dimensions, chunk: lengths, elementSize: storedType.bitWidth / 8)
+      guard let grid, grid.chunkByteCount <= HDF5.largestChunk else {
+        throw HDF5Failure("has chunks of more than \(HDF5.largestChunk) bytes")
+      }
+      // Also what makes a shape cost its maker something: a cell has at least a chunk's entry.
+      guard chunks.count == grid.count else {
+        throw HDF5Failure("has \(chunks.count) of its \(grid.count) chunks")
+      }
+      for (index, chunk) in chunks.enumerated() {
+        guard chunk.number == index else { throw HDF5Failure("has a chunk twice") }
+        try prove("a chunk of ", at: chunk.offset, chunk.byteCount)
+      }
+      return .chunks(grid, filters, chunks)
+    }
   }
 }

@@ -20,6 +20,10 @@ extension HDF5 {
       case nothing
       /// All bytes in one place, from this byte of the file on.
       case contiguous(at: Int)
+      /// In the dataset's own description: these.
+      case inline([UInt8])
+      /// Cut into boxes of these dimensions, which are stored one by one, in order.
+      case chunked(dimensions: [Int], filters: [Filter], chunks: [Chunk])
     }
 
     /// As they were made or, where that was not recorded, by name.
@@ -153,7 +157,7 @@ private struct HDF5Reader: ~Copyable {
       name: try attributes.text(HDF5.nameAttribute, of: dataset),
       dtype: try attributes.text(HDF5.dtypeAttribute, of: dataset),
       shape: try attributes.integers(HDF5.shapeAttribute, of: dataset)?.map(Int.init),
-      storage: dimensions.contains(0) ? .nothing : try storage(of: dataset))
+      storage: dimensions.contains(0) ? .nothing : try storage(of: dataset, storedType, dimensions))
   }
 
   private func dimensions(of dataset: borrowing HDF5Handle) throws(HDF5Failure) -> [Int] {
@@ -172,8 +176,8 @@ private struct HDF5Reader: ~Copyable {
     }
   }
 
-  private func storage(of dataset: borrowing HDF5Handle) throws(HDF5Failure)
-    -> HDF5.Inventory.Storage
+  private func storage(of dataset: borrowing HDF5Handle, _ type: DType, _ dimensions: [Int])
+    throws(HDF5Failure) -> HDF5.Inventory.Storage
   {
     let creation = try HDF5Handle(H5Dget_create_plist(dataset.id))
     guard try HDF5Library.check(H5Pget_external_count(creation.id)) == 0 else {
@@ -185,9 +189,99 @@ private struct HDF5Reader: ~Copyable {
         throw HDF5Failure("has a shape but no bytes: it was never written")
       }
       return .contiguous(at: offset)
+    case H5D_COMPACT: return .inline(try compactBytes(of: dataset, type, dimensions))
+    case H5D_CHUNKED: return try chunks(of: dataset, creation, dimensions)
     case H5D_VIRTUAL:
       throw HDF5Failure("is a view of other datasets, which Smelt does not follow")
-    default: throw HDF5Failure("is not stored contiguously")
+    default: throw HDF5Failure("is stored in a way unknown to Smelt")
     }
+  }
+
+  private func compactBytes(
+    of dataset: borrowing HDF5Handle, _ type: DType, _ dimensions: [Int]
+  ) throws(HDF5Failure) -> [UInt8] {
+    let size = H5Dget_storage_size(dataset.id)
+    // What fits a dataset's description, by the format's specification.
+    guard size < 1 << 16, let tensor = try? TensorInfo(name: "", dtype: type, shape: dimensions),
+      size == tensor.byteCount
+    else { throw HDF5Failure("holds \(size) bytes, which is not what its shape needs") }
+    var bytes = [UInt8](repeating: 0, count: tensor.byteCount)
+    let memory = try type.hdf5Type()
+    try HDF5Library.check(
+      bytes.withUnsafeMutableBytes {
+        H5Dread(
+          dataset.id, memory.id, smelt_h5_all(), smelt_h5_all(), hid_t(H5P_DEFAULT),
+          $0.baseAddress)
+      })
+    return bytes
+  }
+
+  private func chunks(
+    of dataset: borrowing HDF5Handle, _ creation: borrowing HDF5Handle, _ dimensions: [Int]
+  ) throws(HDF5Failure) -> HDF5.Inventory.Storage {
+    let rank = Int32(dimensions.count)
+    var extent = [hsize_t](repeating: 0, count: dimensions.count)
+    guard try HDF5Library.check(H5Pget_chunk(creation.id, rank, &extent)) == rank,
+      !extent.contains(0)
+    else { throw HDF5Failure("has chunks of another rank than its own") }
+    var options: UInt32 = 0
+    try HDF5Library.check(H5Pget_chunk_opts(creation.id, &options))
+    guard options == 0 else { throw HDF5Failure("keeps the chunks at its edges in another way") }
+    let lengths = extent.map { Int(clamping: $0) }
+    let counts = zip(dimensions, lengths).map { 1 + ($0 - 1) / $1 }
+
+    let space = try HDF5Handle(H5Dget_space(dataset.id))
+    var stored: hsize_t = 0
+    try HDF5Library.check(H5Dget_num_chunks(dataset.id, space.id, &stored))
+    var chunks: [HDF5.Chunk] = []
+    var start = extent
+    for index in 0..<stored {
+      var mask: UInt32 = 0
+      var address: haddr_t = 0
+      var size: hsize_t = 0
+      try HDF5Library.check(
+        H5Dget_chunk_info(dataset.id, space.id, index, &start, &mask, &address, &size))
+      let cell = zip(start, extent).map { Int(clamping: $0 / $1) }
+      guard zip(cell, counts).allSatisfy({ $0 < $1 }), let offset = Int(exactly: address),
+        let byteCount = Int(exactly: size)
+      else { throw HDF5Failure("has a chunk outside its shape") }
+      // Cannot overflow: there are no more chunks than elements.
+      let number = zip(cell, counts).reduce(0) { $0 * $1.1 + $1.0 }
+      chunks.append(
+        HDF5.Chunk(number: number, offset: offset, byteCount: byteCount, skippedFilters: mask))
+    }
+    chunks.sort { $0.number < $1.number }
+    return .chunked(dimensions: lengths, filters: try filters(creation), chunks: chunks)
+  }
+
+  private func filters(_ creation: borrowing HDF5Handle) throws(HDF5Failure) -> [HDF5.Filter] {
+    let count = try HDF5Library.check(H5Pget_nfilters(creation.id))
+    var filters: [HDF5.Filter] = []
+    for index in 0..<UInt32(count) {
+      var flags: UInt32 = 0
+      var valueCount = 8
+      var values = [UInt32](repeating: 0, count: valueCount)
+      var name = [CChar](repeating: 0, count: 64)
+      var configuration: UInt32 = 0
+      let number = try HDF5Library.check(
+        H5Pget_filter2(
+          creation.id, index, &flags, &valueCount, &values, name.count - 1, &name,
+          &configuration))
+      switch number {
+      case H5Z_FILTER_SHUFFLE where valueCount > 0:
+        filters.append(.shuffle(width: Int(values[0])))
+      case H5Z_FILTER_DEFLATE: filters.append(.deflate)
+      case H5Z_FILTER_FLETCHER32: filters.append(.fletcher32)
+      case HDF5.lzfFilter: filters.append(.lzf)
+      case HDF5.zstdFilter: filters.append(.zstd)
+      default:
+        let name = String(
+          decoding: name.prefix { $0 != 0 }.map { UInt8(bitPattern: $0) }, as: UTF8.self)
+        throw HDF5Failure(
+          "is compressed by filter \(number)\(name.isEmpty ? "" : ", \(quoted(name))"), which Smelt does not know",
+          remedy: "write it again with h5py without that filter")
+      }
+    }
+    return filters
   }
 }

@@ -6,13 +6,16 @@ struct JSONScanner {
   private let bytes: [UInt8]
   private(set) var position = 0
   let file: String
+  /// What the text is called in errors: "the header".
+  private let subject: String
 
   /// Deeper nesting than any header has; serde_json's limit too.
   private static let deepest = 127
 
-  init(_ bytes: [UInt8], file: String) {
+  init(_ bytes: [UInt8], file: String, subject: String = "the header") {
     self.bytes = bytes
     self.file = file
+    self.subject = subject
   }
 
   func failure(_ problem: String, tensor: String? = nil) -> CheckpointError {
@@ -21,10 +24,13 @@ struct JSONScanner {
 
   /// The next byte that is not white space, without taking it.
   mutating func peek() -> UInt8? {
-    while position < bytes.count, [0x20, 0x0A, 0x0D, 0x09].contains(bytes[position]) {
-      position += 1
+    while position < bytes.count {
+      switch bytes[position] {
+      case 0x20, 0x0A, 0x0D, 0x09: position += 1
+      case let byte: return byte
+      }
     }
-    return position < bytes.count ? bytes[position] : nil
+    return nil
   }
 
   /// Takes the next byte if it is this one.
@@ -41,7 +47,7 @@ struct JSONScanner {
   /// What was found where something else was due.
   mutating func unexpected(_ wanted: String, _ context: String) -> CheckpointError {
     guard let byte = peek() else {
-      return failure("the JSON header ends where \(wanted) was expected \(context)")
+      return failure("\(subject) ends where \(wanted) was expected \(context)")
     }
     let found: String
     switch byte {
@@ -49,23 +55,23 @@ struct JSONScanner {
     case 0xEF where bytes[position...].starts(with: [0xEF, 0xBB, 0xBF]): found = "a byte order mark"
     case 0x21..<0x7F: found = "\"\(Character(Unicode.Scalar(byte)))\""
     case 0x80...:
-      return failure("the header is not UTF-8 text at its byte \(position)")
+      return failure("\(subject) is not UTF-8 text at its byte \(position)")
     default: found = "byte 0x\(String(byte, radix: 16))"
     }
     return failure(
-      "the JSON header has \(found) at its byte \(position) where \(wanted) was expected \(context)"
+      "\(subject) has \(found) at its byte \(position) where \(wanted) was expected \(context)"
     )
   }
 
   /// A string, its escapes undone.
   mutating func string(_ context: String) throws(CheckpointError) -> String {
-    try expect("\"", context)
+    guard take("\"") else { throw unexpected("a string", context) }
     let start = position
     var isPlain = true
     while position < bytes.count, bytes[position] != UInt8(ascii: "\"") {
       if bytes[position] < 0x20 {
         throw failure(
-          "the JSON header has a raw control character in a string at its byte \(position)")
+          "\(subject) has a raw control character in a string at its byte \(position)")
       }
       if bytes[position] == UInt8(ascii: "\\") {
         isPlain = false
@@ -74,13 +80,13 @@ struct JSONScanner {
       position += 1
     }
     guard position < bytes.count else {
-      throw failure("the JSON header ends inside the string that begins at its byte \(start - 1)")
+      throw failure("\(subject) ends inside the string that begins at its byte \(start - 1)")
     }
     let raw = bytes[start..<position]
     position += 1
     guard isPlain else { return try unescape(raw) }
     guard let text = String(validating: raw, as: UTF8.self) else {
-      throw failure("the header is not UTF-8 text in the string at its byte \(start)")
+      throw failure("\(subject) is not UTF-8 text in the string at its byte \(start)")
     }
     return text
   }
@@ -109,8 +115,9 @@ struct JSONScanner {
         continue
       }
       guard raw[at + 1] == UInt8(ascii: "u"), let first = hexUnit(at + 2) else {
-        throw failure("the JSON header has an unknown escape in a string at its byte \(at)")
+        throw failure("\(subject) has an unknown escape in a string at its byte \(at)")
       }
+      let escape = at
       var units = [first]
       at += 6
       if UTF16.isLeadSurrogate(first), at + 1 < raw.endIndex, raw[at] == UInt8(ascii: "\\"),
@@ -120,39 +127,53 @@ struct JSONScanner {
         at += 6
       }
       guard let text = String(validating: units, as: UTF16.self) else {
-        throw failure("the JSON header has half a surrogate pair in a string at its byte \(at - 6)")
+        throw failure("\(subject) has half a surrogate pair in a string at its byte \(escape)")
       }
       result.append(contentsOf: text.utf8)
     }
     guard let text = String(validating: result, as: UTF8.self) else {
       throw failure(
-        "the header is not UTF-8 text in the string at its byte \(raw.startIndex)")
+        "\(subject) is not UTF-8 text in the string at its byte \(raw.startIndex)")
     }
     return text
   }
 
   /// An integer from 0 to 2⁶³ − 1, written with digits alone.
   mutating func natural(_ context: String, tensor: String) throws(CheckpointError) -> Int {
-    _ = peek()
+    guard let first = peek() else { throw unexpected("a whole number", context) }
     let start = position
-    while position < bytes.count, "+-.0123456789eE".utf8.contains(bytes[position]) { position += 1 }
-    let text = String(decoding: bytes[start..<position], as: UTF8.self)
-    guard !text.isEmpty else { throw unexpected("a whole number", context) }
-    let isDigits = text.utf8.allSatisfy { (0x30...0x39).contains($0) }
-    guard isDigits, text == "0" || !text.hasPrefix("0") else {
-      throw failure(
-        "has \(text) \(context); only whole numbers from 0 on are allowed", tensor: tensor)
+    var value = 0
+    var overflows = false
+    while position < bytes.count, case let digit = bytes[position] &- 0x30, digit < 10 {
+      let (tens, tooLarge) = value.multipliedReportingOverflow(by: 10)
+      let (sum, stillTooLarge) = tens.addingReportingOverflow(Int(digit))
+      overflows = overflows || tooLarge || stillTooLarge
+      value = sum
+      position += 1
     }
-    guard let value = Int(text) else {
-      throw failure("has \(text) \(context), which is too large", tensor: tensor)
+    let isNatural = position > start && (first != 0x30 || position == start + 1)
+    while position < bytes.count, "+-.0123456789eE".utf8.contains(bytes[position]) { position += 1 }
+    guard position > start else { throw unexpected("a whole number", context) }
+    let text = bytes[start..<position]
+    guard isNatural, text.allSatisfy({ (0x30...0x39).contains($0) }) else {
+      throw failure(
+        "has \(shown(text)) \(context); only whole numbers from 0 on are allowed", tensor: tensor)
+    }
+    guard !overflows else {
+      throw failure("has \(shown(text)) \(context), which is too large", tensor: tensor)
     }
     return value
+  }
+
+  /// A number as it is written, or its beginning.
+  private func shown(_ number: ArraySlice<UInt8>) -> String {
+    String(decoding: number.prefix(40), as: UTF8.self) + (number.count > 40 ? "…" : "")
   }
 
   /// Passes over any value.
   mutating func skipValue(_ context: String, depth: Int = 0) throws(CheckpointError) {
     guard depth < JSONScanner.deepest else {
-      throw failure("the JSON header is nested more than \(JSONScanner.deepest) levels deep")
+      throw failure("\(subject) is nested more than \(JSONScanner.deepest) levels deep")
     }
     switch peek() {
     case UInt8(ascii: "\""): _ = try string(context)
@@ -200,7 +221,7 @@ struct JSONScanner {
       _ = takes("+-", &self)
       isValid = digits(&self) > 0 && isValid
     }
-    guard isValid else { throw failure("the JSON header has a malformed number \(context)") }
+    guard isValid else { throw failure("\(subject) has a malformed number \(context)") }
   }
 
   /// The members of an object; `member` takes each one's value.

@@ -4,10 +4,15 @@ extension Safetensors {
     let manifest: Manifest
     /// Where each tensor of the manifest begins in the file.
     let offsets: [Int]
-    /// The length and the header: all bytes before the tensors.
-    let prefix: [UInt8]
 
-    var fileSize: Int { prefix.count + manifest.byteCount }
+    private var header: [UInt8] { manifest.safetensorsHeader! }  // Every layout has one.
+
+    /// The length and the header: all bytes before the tensors.
+    var prefix: [UInt8] {
+      (0..<8).map { UInt8(truncatingIfNeeded: header.count >> (8 * $0)) } + header
+    }
+
+    var fileSize: Int { 8 + header.count + manifest.byteCount }
   }
 }
 
@@ -24,16 +29,16 @@ extension Safetensors.Layout {
   init(parsing header: [UInt8], fileSize: Int, path: String) throws(CheckpointError) {
     let (entries, metadata) = try Self.parse(header, path: path)
     let dataStart = 8 + header.count
+    manifest = try Manifest(proving: entries.map { $0.tensor }, metadata, header) {
+      CheckpointError(file: path, tensor: $0.name, "the header names it twice")
+    }
     let end = try Self.prove(entries, dataSize: fileSize - dataStart, path: path)
     guard end == fileSize - dataStart else {
       throw CheckpointError(
         file: path, "has \(fileSize - dataStart - end) bytes after the last tensor",
         remedy: "they belong to nothing: the header or the file is damaged")
     }
-    manifest = Manifest(
-      entries.map { $0.tensor }, metadata: metadata, safetensorsHeader: header)
     offsets = entries.map { dataStart + $0.begin }
-    prefix = Safetensors.lengthBytes(header) + header
   }
 
   /// The entries in the order of their bytes, and the metadata.
@@ -41,7 +46,6 @@ extension Safetensors.Layout {
     -> ([Entry], [String: String])
   {
     var entries: [Entry] = []
-    var names = Set<ExactName>()
     var metadata: [String: String]?
     var scanner = JSONScanner(header, file: path)
     try scanner.object("as the header") { (scanner, name) throws(CheckpointError) in
@@ -49,9 +53,6 @@ extension Safetensors.Layout {
         guard metadata == nil else { throw scanner.failure("the header has two __metadata__") }
         metadata = try parseMetadata(&scanner)
         return
-      }
-      guard names.insert(ExactName(name)).inserted else {
-        throw scanner.failure("the header names it twice", tensor: name)
       }
       entries.append(try parseEntry(&scanner, name))
     }
@@ -65,14 +66,19 @@ extension Safetensors.Layout {
     -> [String: String]
   {
     var metadata: [String: String] = [:]
+    var keys = Set<ExactName>()
     // The reference reads null as no metadata.
     if scanner.peek() == UInt8(ascii: "n") {
       try scanner.skipValue("as __metadata__")
       return metadata
     }
     try scanner.object("as __metadata__") { (scanner, key) throws(CheckpointError) in
-      guard metadata[key] == nil else {
+      guard keys.insert(ExactName(key)).inserted else {
         throw scanner.failure("__metadata__ has the key \(quoted(key)) twice")
+      }
+      // `metadata` compares keys as Swift does; refusing is better than losing one of them.
+      guard metadata[key] == nil else {
+        throw scanner.failure("__metadata__ has two keys that look like \(quoted(key))")
       }
       guard scanner.peek() == UInt8(ascii: "\"") else {
         throw scanner.failure("__metadata__ has a value for \(quoted(key)) that is not a string")
@@ -95,6 +101,9 @@ extension Safetensors.Layout {
       switch field {
       case "dtype":
         guard dtype == nil else { throw scanner.failure("has two fields dtype", tensor: name) }
+        guard scanner.peek() == UInt8(ascii: "\"") else {
+          throw scanner.failure("has a dtype that is not a string", tensor: name)
+        }
         let text = try scanner.string("as a dtype")
         guard let known = DType(rawValue: text) else {
           throw scanner.failure("has the unknown dtype \(quoted(text))", tensor: name)
@@ -228,8 +237,7 @@ extension Safetensors.Layout {
         "would have a header of \(header.count) bytes; the format's limit is \(Safetensors.largestHeader)",
         remedy: "write HDF5 instead")
     }
-    prefix = Safetensors.lengthBytes(header) + header
-    offsets = begins.map { [start = prefix.count] in start + $0 }
+    offsets = begins.map { [start = 8 + header.count] in start + $0 }
     self.manifest = Manifest(tensors, metadata: manifest.metadata, safetensorsHeader: header)
   }
 }
@@ -239,12 +247,6 @@ extension Manifest {
   fileprivate func describesTheSame(as other: Manifest) -> Bool {
     metadata == other.metadata && tensors.count == other.tensors.count
       && tensors.allSatisfy { other[$0.name] == $0 }
-  }
-}
-
-extension Safetensors {
-  fileprivate static func lengthBytes(_ header: [UInt8]) -> [UInt8] {
-    (0..<8).map { UInt8(truncatingIfNeeded: header.count >> (8 * $0)) }
   }
 }
 

@@ -1,0 +1,51 @@
+/// The bundle: tensors compressed losslessly, one readable at a time, in a file that any zstd
+/// decompresses to a valid safetensors file.
+///
+/// FORMAT.md beside this file says what is in it, so that another could write it.
+public enum Bundle: CheckpointFormat {
+  public static let name = "bundle"
+  public static let fileExtensions = ["safetensors.zst"]
+
+  /// The version of the format that this code writes, and the only one it reads.
+  static let version = 1
+
+  public static func recognises(_ beginning: [UInt8]) -> Bool {
+    beginning.starts(with: [0x28, 0xB5, 0x2F, 0xFD])
+  }
+
+  public static func open(_ path: String) throws(CheckpointError) -> any TensorSource {
+    try BundleSource(path)
+  }
+
+  public static func create(_ path: String, _ manifest: Manifest) throws(CheckpointError)
+    -> any TensorSink
+  {
+    try StagedSink(path, manifest)
+  }
+
+  public static func write(_ source: any TensorSource, to path: String, workers: Int) throws {
+    try pack(source, to: path, workers: workers)
+  }
+}
+
+/// How a tensor is coded.
+enum Codec: String, Sendable, CaseIterable {
+  /// As it is.
+  case raw
+  /// Planes of bytes: see `Planes`.
+  case planes
+
+  /// Whether tensors of this type can be coded so.
+  func suits(_ dtype: DType) -> Bool {
+    switch self {
+    case .raw: true
+    case .planes: dtype.isArithmetic
+    }
+  }
+}
+
+extension DType {
+  /// Bytes of one element.
+  /// - Precondition: not one of the types packed below a byte.
+  var byteWidth: Int { bitWidth / 8 }
+}

@@ -1,0 +1,207 @@
+import Synchronization
+
+/// An open bundle, from which tensors are decoded block by block.
+final class BundleFile: Sendable {
+  let path: String
+  let models: [Model]
+  let frames: FrameFile
+  private let contents: Bundle.Contents
+  /// Readers that no thread is using; there are never more than there were threads at once.
+  private let idle = Mutex<[BlockReader]>([])
+
+  struct Model: Sendable {
+    let name: String
+    /// Its tensors' own names, its metadata and header.
+    let manifest: Manifest
+    /// Where its tensors begin among those of all models.
+    let first: Int
+  }
+
+  /// The tensors of all models in order, under their full names.
+  var tensors: [Bundle.Stored] { contents.tensors }
+
+  init(_ path: String) throws(CheckpointError) {
+    frames = try FrameFile(path)
+    self.path = path
+    let reader = BlockReader(blockSize: 0)
+    let inner = try Self.readHeader(frames, reader)
+    guard let json = inner.manifest.metadata["bundle"] else {
+      throw CheckpointError(
+        file: path, "has no recipe in its metadata",
+        remedy: "decompressed with 'zstd -d' it may be an ordinary safetensors file")
+    }
+    let recipe = try Bundle.Recipe(parsing: json, file: path)
+    contents = try Bundle.Contents(recipe, inner, frames.table, path: path)
+    models = try Self.models(contents, frames, reader)
+  }
+
+  /// The inner file's header, from the first frames.
+  private static func readHeader(_ frames: FrameFile, _ reader: BlockReader)
+    throws(CheckpointError) -> Safetensors.Layout
+  {
+    let sizes = frames.table.contentSizes
+    let total = sizes.reduce(0, +)
+    guard let first = sizes.first, first >= 8 else {
+      throw CheckpointError(file: frames.path, "holds nothing")
+    }
+    let beginning = try reader.bytes(of: 0..<1, in: frames, of: nil)
+    let length = beginning.prefix(8).reversed().reduce(UInt64(0)) { $0 << 8 | UInt64($1) }
+    guard length > 0, length <= UInt64(Safetensors.largestHeader), Int(length) + 8 <= total else {
+      throw CheckpointError(
+        file: frames.path, "declares an inner header of \(length) bytes",
+        remedy: "it is not a bundle, or damaged")
+    }
+    let count = Bundle.frameCount(of: 8 + Int(length))
+    guard count <= sizes.count, sizes[..<count].reduce(0, +) == 8 + Int(length) else {
+      throw CheckpointError(
+        file: frames.path, "has an inner header that does not fill its frames",
+        remedy: "it is not a bundle, or damaged")
+    }
+    let header = try reader.bytes(of: 0..<count, in: frames, of: nil).dropFirst(8)
+    return try Safetensors.Layout(parsing: Array(header), fileSize: total, path: frames.path)
+  }
+
+  private static func models(
+    _ contents: Bundle.Contents, _ frames: FrameFile, _ reader: BlockReader
+  ) throws(CheckpointError) -> [Model] {
+    var models: [Model] = []
+    var first = 0
+    for (model, header) in zip(contents.recipe.models, contents.headers) {
+      guard !models.contains(where: { ExactName($0.name) == ExactName(model.name) }) else {
+        throw CheckpointError(file: frames.path, "has two models \(quoted(model.name))")
+      }
+      let tensors = model.tensors.map { $0.tensor }
+      var manifest = Manifest(tensors, metadata: model.metadata)
+      if let part = header.map({ contents.parts[$0] }) {
+        let bytes = try reader.bytes(
+          of: part.firstFrame..<part.firstFrame + part.frameCount, in: frames,
+          of: part.tensor.name)
+        let layout = try Safetensors.Layout(
+          parsing: bytes, fileSize: 8 + bytes.count + manifest.byteCount, path: frames.path)
+        guard layout.manifest.tensors.count == tensors.count,
+          tensors.allSatisfy({ layout.manifest[$0.name] == $0 })
+        else {
+          throw CheckpointError(
+            file: frames.path, tensor: part.tensor.name,
+            "is a header of other tensors than the recipe's",
+            remedy: "the bundle was not made as its format says")
+        }
+        manifest = Manifest(
+          tensors, metadata: layout.manifest.metadata, safetensorsHeader: bytes)
+      }
+      models.append(Model(name: model.name, manifest: manifest, first: first))
+      first += tensors.count
+    }
+    return models
+  }
+}
+
+// MARK: - Reading
+
+extension BundleFile {
+  /// Fills `bytes` from byte `offset` of the tensor on.
+  func read(_ index: Int, at offset: Int, into bytes: UnsafeMutableRawBufferPointer)
+    throws(CheckpointError)
+  {
+    guard !bytes.isEmpty else { return }
+    let blockSize = tensors[index].blockSize
+    let reader = takeReader(for: index, block: offset / blockSize)
+    defer { idle.withLock { $0.append(reader) } }
+    var done = 0
+    while done < bytes.count {
+      let (block, begin) = (offset + done).quotientAndRemainder(dividingBy: blockSize)
+      let size = min(blockSize, tensors[index].tensor.byteCount - block * blockSize)
+      let count = min(size - begin, bytes.count - done)
+      let target = UnsafeMutableRawBufferPointer(rebasing: bytes[done..<done + count])
+      if count == size {
+        try decode(block, of: index, into: target, reader)
+      } else {
+        if reader.held ?? (-1, -1) != (index, block) {
+          reader.held = nil
+          try decode(
+            block, of: index,
+            into: reader.block.part(0..<size), reader)
+          reader.held = (index, block)
+        }
+        target.copyMemory(
+          from: UnsafeRawBufferPointer(reader.block.part(begin..<begin + count)))
+      }
+      done += count
+    }
+  }
+
+  /// A reader for this thread; if one holds the wanted block, that one.
+  private func takeReader(for index: Int, block: Int) -> BlockReader {
+    let reader = idle.withLock { readers in
+      (readers.firstIndex { $0.held ?? (-1, -1) == (index, block) } ?? readers.indices.last)
+        .map { readers.remove(at: $0) }
+    }
+    return reader ?? BlockReader(blockSize: tensors.map { $0.blockSize }.max() ?? 0)
+  }
+
+  /// Decodes a whole block of a tensor.
+  private func decode(
+    _ block: Int, of index: Int, into bytes: UnsafeMutableRawBufferPointer, _ reader: BlockReader
+  ) throws(CheckpointError) {
+    let stored = tensors[index]
+    let part = contents.parts[stored.parts[0]]
+    switch stored.codec {
+    case .raw:
+      try reader.frame(part.frame(block, of: 0), in: frames, of: stored.tensor, into: bytes)
+    case .planes:
+      let width = stored.tensor.dtype.byteWidth
+      let count = bytes.count / width
+      for plane in 0..<width {
+        try reader.frame(
+          part.frame(block, of: plane), in: frames, of: stored.tensor,
+          into: reader.planes.part(plane << 20..<plane << 20 + count))
+      }
+      Planes.join(
+        reader.planes.start.assumingMemoryBound(to: UInt8.self), stride: 1 << 20, count: count,
+        width: width, rotated: true, into: bytes.baseAddress!)
+    }
+  }
+}
+
+/// What one thread at a time decodes blocks with.
+private final class BlockReader: @unchecked Sendable {
+  // Sound: readers are shared through a lock and each is with one thread at a time.
+  private let decoder = FrameDecoder()
+  private let compressed = PinnedBytes(count: ZstdFrame.largest)
+  /// The streams of a block, 1 MiB apart.
+  let planes: PinnedBytes
+  /// The block that was last read in pieces.
+  let block: PinnedBytes
+  var held: (tensor: Int, block: Int)?
+
+  init(blockSize: Int) {
+    planes = PinnedBytes(count: blockSize)
+    block = PinnedBytes(count: blockSize)
+  }
+
+  func frame(
+    _ index: Int, in frames: FrameFile, of tensor: TensorInfo,
+    into content: UnsafeMutableRawBufferPointer
+  ) throws(CheckpointError) {
+    try frames.decode(index, of: tensor.name, using: decoder, compressed, into: content)
+  }
+
+  /// What some frames hold together; for headers, not for tensors.
+  func bytes(of range: Range<Int>, in frames: FrameFile, of tensor: String?)
+    throws(CheckpointError) -> [UInt8]
+  {
+    var bytes = [UInt8](repeating: 0, count: range.reduce(0) { $0 + frames.table.contentSizes[$1] })
+    var span = bytes.mutableSpan
+    try span.withUnsafeMutableBytes { (bytes) throws(CheckpointError) in
+      var begin = 0
+      for frame in range {
+        let end = begin + frames.table.contentSizes[frame]
+        try frames.decode(
+          frame, of: tensor, using: decoder, compressed,
+          into: UnsafeMutableRawBufferPointer(rebasing: bytes[begin..<end]))
+        begin = end
+      }
+    }
+    return bytes
+  }
+}
