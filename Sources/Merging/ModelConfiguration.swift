@@ -18,6 +18,7 @@ public struct ModelConfiguration: Sendable {
       self.values = values
       return
     }
+    return nil
   }
 
   subscript(key: String) -> JSONValue? {

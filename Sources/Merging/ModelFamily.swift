@@ -157,22 +157,22 @@ private struct Correspondence {
   /// puts in front of a model with a head (`bert.`, `model.`) more or less.
   private static func renaming(
     _ names: [String], _ own: Manifest
-  ) -> (rename: (String) -> String, prefix: String?) {
+  ) -> (rename: @Sendable (String) -> String, prefix: String?) {
     func count(_ rename: (String) -> String) -> Int {
       names.count { own[rename($0)] != nil }
     }
     func firstWords(_ names: [String]) -> [String] {
       Set(names.compactMap { $0.split(separator: ".").first.map { "\($0)." } }).sorted()
     }
-    var best: (rename: (String) -> String, prefix: String?) = ({ $0 }, nil)
+    var best: (rename: @Sendable (String) -> String, prefix: String?) = ({ $0 }, nil)
     var most = count(best.rename)
     guard most < names.count else { return best }
     for prefix in firstWords(own.tensors.map { $0.name }) {
-      let longer = { (name: String) in own[prefix + name] != nil ? prefix + name : name }
+      let longer = { @Sendable (name: String) in own[prefix + name] != nil ? prefix + name : name }
       if count(longer) > most { (best, most) = ((longer, prefix), count(longer)) }
     }
     for prefix in firstWords(names) {
-      let shorter = { (name: String) in
+      let shorter = { @Sendable (name: String) in
         own[name] == nil && name.hasPrefix(prefix) ? String(name.dropFirst(prefix.count)) : name
       }
       if count(shorter) > most { (best, most) = ((shorter, prefix), count(shorter)) }
@@ -196,7 +196,7 @@ private struct Correspondence {
       "transformer.wte.weight", "wte.weight", "bert.embeddings.word_embeddings.weight",
       "roberta.embeddings.word_embeddings.weight", "embeddings.word_embeddings.weight",
     ]
-    return embeddings.lazy.compactMap { own[rename($0)] }.first { $0.shape == tensor.shape }
+    return embeddings.compactMap { own[rename($0)] }.first { $0.shape == tensor.shape }
   }
 
   /// Whether a tensor belongs to what a task puts on top of the model.

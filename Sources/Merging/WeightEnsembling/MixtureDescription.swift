@@ -66,7 +66,8 @@ public struct MixtureDescription: Codable, Sendable, Equatable {
       throw CheckpointError(
         file: source.path, "has \"wemoe\" metadata that this version cannot read")
     }
-    guard !experts.isEmpty, (0...2).contains(routerDepth), modules.allSatisfy({ $0.width > 0 })
+    guard !experts.isEmpty, (0...2).contains(routerDepth),
+      modules.allSatisfy({ (1...1 << 24).contains($0.width) })
     else {
       throw CheckpointError(
         file: source.path, "has \"wemoe\" metadata that describes no mixture")

@@ -81,14 +81,12 @@ struct InitialRouters: Sendable {
       }
     }
     try forEachStep(count: pieces.count, workers: workers) {
-      PieceBuffer(values: Array(repeating: 0, count: Self.pieceLength))
-    } body: { step, buffer in
+    } body: { step, _ in
       let (gate, tensor, range) = pieces[step]
-      var values = buffer.values.mutableSpan.extracting(first: range.count)
-      fill(&values, of: tensor, in: gate, from: range.lowerBound)
-      var bytes = buffer.bytes.first(4 * range.count)
-      DType.f32.encode(values.span, into: &bytes)
-      try sink.write(bytes.bytes, of: tensor, at: 4 * range.lowerBound)
+      var values = [Float](repeating: 0, count: range.count)
+      var span = values.mutableSpan
+      fill(&span, of: tensor, in: gate, from: range.lowerBound)
+      try sink.write(values, of: tensor, from: range.lowerBound)
     }
   }
 
@@ -103,10 +101,5 @@ struct InitialRouters: Sendable {
       let isLast = tensor.name == gate.tensors.last!.name
       for index in values.indices { values[index] = isLast ? mixture : 0 }
     }
-  }
-
-  private struct PieceBuffer: ~Copyable {
-    var values: [Float]
-    var bytes = Buffer(byteCount: 4 * InitialRouters.pieceLength)
   }
 }

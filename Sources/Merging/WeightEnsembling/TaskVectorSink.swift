@@ -77,10 +77,6 @@ final class TaskVectorSink: TensorSink {
 
   func finish() throws(CheckpointError) { try sink.finish() }
 
-  private func part(_ name: String, of vector: Vector) -> TensorInfo {
-    sink.manifest["\(vector.info.name)#\(name)"]!
-  }
-
   private func writeSparse(
     _ values: Span<Float>, of vector: Vector, _ progress: inout Progress
   ) throws(CheckpointError) {
@@ -108,16 +104,17 @@ final class TaskVectorSink: TensorSink {
     precondition(values.count == rows * length && progress.elements == firstRow * length)
     let width = quantizer.byteCount(rowLength: length)
     let groups = quantizer.scaleCount(rowLength: length)
-    var codes = [UInt8](repeating: 0, count: rows * width)
-    var scales = [Float](repeating: 0, count: rows * groups)
+    var codes: [UInt8] = []
+    var scales: [Float] = []
+    codes.reserveCapacity(rows * width)
+    var rowCodes = [UInt8](repeating: 0, count: width)
+    var rowScales = [Float](repeating: 0, count: groups)
     var decoded = [Float](repeating: 0, count: length)
     for row in 0..<rows {
       let original = values.extracting(row * length..<(row + 1) * length)
-      var allCodes = codes.mutableSpan
-      var allScales = scales.mutableSpan
-      var rowCodes = allCodes.extracting(row * width..<(row + 1) * width)
-      var rowScales = allScales.extracting(row * groups..<(row + 1) * groups)
-      guard quantizer.encode(original, into: &rowCodes, scales: &rowScales) else {
+      var codeSpan = rowCodes.mutableSpan
+      var scaleSpan = rowScales.mutableSpan
+      guard quantizer.encode(original, into: &codeSpan, scales: &scaleSpan) else {
         throw CheckpointError(
           file: "the task vectors", tensor: vector.info.name,
           "has values that are not finite in row \(firstRow + row)",
@@ -126,6 +123,8 @@ final class TaskVectorSink: TensorSink {
       var span = decoded.mutableSpan
       quantizer.decode(rowCodes.span, scales: rowScales.span, into: &span)
       progress.distance.add(original, decoded.span)
+      codes += rowCodes
+      scales += rowScales
     }
     try sink.write(codes.span.bytes, of: part("values", of: vector), at: firstRow * width)
     try sink.write(scales, of: part("scale", of: vector), from: firstRow * groups)
@@ -157,10 +156,12 @@ struct CodingDistance: Sendable {
   private(set) var squaredError = 0.0
   private(set) var squaredNorm = 0.0
 
-  /// - Parameter dropped: the sum of squares of elements that were set to zero.
-  init(dropped: Double = 0) {
+  /// - Parameters:
+  ///   - dropped: the sum of squares of elements that were set to zero.
+  ///   - kept: of those that are as they were.
+  init(dropped: Double = 0, kept: Double = 0) {
     squaredError = dropped
-    squaredNorm = dropped
+    squaredNorm = dropped + kept
   }
 
   mutating func add(_ original: Span<Float>, _ stored: Span<Float>) {

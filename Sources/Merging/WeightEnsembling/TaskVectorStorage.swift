@@ -1,4 +1,4 @@
-public import Checkpoints
+import Checkpoints
 
 /// How the task vectors of a mixture's MLPs are kept.
 ///
