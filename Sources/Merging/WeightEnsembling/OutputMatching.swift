@@ -43,9 +43,8 @@ public struct OutputMatching: Sendable {
   ) throws(CalibrationError) {
     let split = try samples.split()
     let layer = MatchedLayer(
-      samples: samples, tokens: tokens, module: module,
-      experts: experts ?? (0..<samples.taskCount).map { module.expert($0) })
-    let forms = layer.quadraticForms(isExact: experts == nil)
+      samples: samples, tokens: tokens, module: module, experts: experts)
+    let forms = layer.quadraticForms()
     let principal = PrincipalFeatures(samples.features)
 
     let start = RouterCalibration(samples.subset(split.fitted)).gate
@@ -53,7 +52,7 @@ public struct OutputMatching: Sendable {
     var best = (ridge: Double.infinity, gate: start, loss: path.startLoss(of: split.held))
     var offset: Matrix<Double>?
     // From the strongest ridge, where the gate stays at the start, each fit begins at the last.
-    for exponent in (-5...2).reversed() {
+    for exponent in (-4...3).reversed() {
       let ridge = pow(10, Double(exponent))
       let found = path.solve(split.fitted, relativeRidge: ridge, from: offset)
       offset = found
@@ -152,7 +151,8 @@ struct MatchedLayer: Sendable {
   let samples: CalibrationSamples
   let tokens: Matrix<Float>
   let module: WeightEnsemblingMLP
-  let experts: [MLPWeights]
+  /// The experts' MLPs, unless a one-hot mixture is the expert.
+  let experts: [MLPWeights]?
 
   /// How many rows of tokens go through the matrix products together.
   private static let batch = 256
@@ -170,9 +170,7 @@ struct MatchedLayer: Sendable {
   }
 
   /// The losses at the one-hot mixtures, with their derivatives.
-  ///
-  /// - Parameter isExact: Whether a one-hot mixture is the expert, so that the loss is 0 there.
-  func quadraticForms(isExact: Bool) -> QuadraticForms {
+  func quadraticForms() -> QuadraticForms {
     let order = module.taskVectors.count
     var forms = QuadraticForms(order: order, count: samples.tasks.count)
     for task in 0..<order {
@@ -185,7 +183,7 @@ struct MatchedLayer: Sendable {
         let hidden = sums.map { module.activation($0) }
         let slopes = sums.map { module.activation.derivative($0) }
         var residuals: Matrix<Float>?
-        if !isExact {
+        if let experts {
           residuals = mixed.fc2(hidden)
           residuals!.subtract(experts[task](inputs, module.activation))
         }
@@ -222,12 +220,13 @@ struct MatchedLayer: Sendable {
   func quality(of gate: Dense, _ rows: [Int]) -> OutputMatching.Quality {
     let mixtures = gate(samples.features)
     var (error, distance) = (0.0, 0.0)
-    for task in 0..<experts.count {
+    for task in 0..<module.taskVectors.count {
+      let expert = experts?[task] ?? module.expert(task)
       for batch in batches(rows.filter { samples.tasks[$0] == task }) {
         let inputs = tokens(of: batch)
         let perToken = mixtures.rows(
           batch.flatMap { repeatElement($0, count: tokensPerSample) })
-        let wanted = experts[task](inputs, module.activation)
+        let wanted = expert(inputs, module.activation)
         var outputs = module.outputs(inputs, mixtures: perToken)
         var base = module.base(inputs, module.activation)
         outputs.subtract(wanted)
