@@ -41,7 +41,9 @@ public struct Quantizer: Sendable, Equatable {
         isFinite = isFinite && row[index].isFinite
       }
       guard isFinite else { return false }
-      let scale = magnitude / largest
+      var scale = magnitude / largest
+      // Beside the largest of all numbers the product may have been rounded up to infinity.
+      if !(scale * largest).isFinite { scale = scale.nextDown }
       scales[group] = scale
       // The smallest of all numbers have no scale; they are rounded to zero.
       guard scale > 0 else { continue }
