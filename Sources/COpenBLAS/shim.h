@@ -9,3 +9,7 @@ void dposv_(const char *uplo, const int *n, const int *nrhs, double *a,
 void dsyevd_(const char *jobz, const char *uplo, const int *n, double *a,
              const int *lda, double *w, double *work, const int *lwork,
              int *iwork, const int *liwork, int *info);
+void sgesdd_(const char *jobz, const int *m, const int *n, float *a,
+             const int *lda, float *s, float *u, const int *ldu, float *vt,
+             const int *ldvt, float *work, const int *lwork, int *iwork,
+             int *info);

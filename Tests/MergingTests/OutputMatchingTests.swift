@@ -102,8 +102,8 @@ private struct SmallLayer {
       let isExact = module == layer.module
       let forms = MatchedLayer(
         samples: layer.samples, tokens: layer.tokens, module: module,
-        experts: (0..<3).map { layer.module.expert($0) }
-      ).quadraticForms(isExact: isExact)
+        experts: isExact ? nil : (0..<3).map { layer.module.expert($0) }
+      ).quadraticForms()
       for sample in 0..<6 {
         var point: [Float] = [0, 0, 0]
         point[sample % 3] = 1
@@ -133,7 +133,7 @@ private struct SmallLayer {
     let forms = MatchedLayer(
       samples: layer.samples, tokens: layer.tokens, module: layer.pruned(),
       experts: (0..<3).map { layer.module.expert($0) }
-    ).quadraticForms(isExact: false)
+    ).quadraticForms()
     let start = Matrix(rowCount: 24, columnCount: 3, repeating: Float(0.3))
     let path = GatePath(principal, forms, start: start)
     let rows = Array(0..<20)

@@ -14,7 +14,8 @@ public struct Dense: Sendable, Equatable {
   func callAsFunction(_ inputs: Matrix<Float>) -> Matrix<Float> {
     var outputs = Matrix(.plain(inputs), .transposed(weight))
     for row in 0..<outputs.rowCount {
-      for column in 0..<outputs.columnCount { outputs[row, column] += bias[column] }
+      let start = row * bias.count
+      for column in bias.indices { outputs.elements[start + column] += bias[column] }
     }
     return outputs
   }

@@ -1,0 +1,121 @@
+/// One layer's mixture with the inputs and experts to match.
+struct MatchedLayer: Sendable {
+  let samples: CalibrationSamples
+  let tokens: Matrix<Float>
+  let module: WeightEnsemblingMLP
+  /// The experts' MLPs, unless a one-hot mixture is the expert.
+  let experts: [MLPWeights]?
+
+  /// How many rows of tokens go through the matrix products together.
+  private static let batch = 256
+
+  private var tokensPerSample: Int { tokens.rowCount / samples.tasks.count }
+
+  private func tokens(of samples: ArraySlice<Int>) -> Matrix<Float> {
+    let count = tokensPerSample
+    return tokens.rows(samples.flatMap { $0 * count..<($0 + 1) * count })
+  }
+
+  private func batches(_ rows: [Int]) -> [ArraySlice<Int>] {
+    let size = max(1, Self.batch / tokensPerSample)
+    return stride(from: 0, to: rows.count, by: size).map { rows[$0..<min($0 + size, rows.count)] }
+  }
+
+  /// The losses at the one-hot mixtures, with their derivatives.
+  func quadraticForms() -> QuadraticForms {
+    let order = module.taskVectors.count
+    var forms = QuadraticForms(order: order, count: samples.tasks.count)
+    for task in 0..<order {
+      let mixed = module.expert(task)
+      let rows = samples.tasks.indices.filter { samples.tasks[$0] == task }
+      for sample in rows { forms.points[sample, task] = 1 }
+      for batch in batches(rows) {
+        let inputs = tokens(of: batch)
+        let sums = mixed.fc1(inputs)
+        let hidden = sums.map { module.activation($0) }
+        let slopes = sums.map { module.activation.derivative($0) }
+        var residuals: Matrix<Float>?
+        if let experts {
+          residuals = mixed.fc2(hidden)
+          residuals!.subtract(experts[task](inputs, module.activation))
+        }
+        let derivatives = module.taskVectors.map { taskVector in
+          var change = taskVector.fc1(inputs)
+          for index in change.elements.indices { change.elements[index] *= slopes.elements[index] }
+          var derivative = taskVector.fc2(hidden)
+          derivative.add(.plain(change), .transposed(mixed.fc2.weight))
+          return derivative
+        }
+        let rowLength = tokensPerSample * tokens.columnCount
+        for (index, sample) in batch.enumerated() {
+          let range = index * rowLength..<(index + 1) * rowLength
+          func product(_ left: Matrix<Float>, _ right: Matrix<Float>) -> Double {
+            dotProduct(
+              left.elements.span.extracting(range), right.elements.span.extracting(range))
+          }
+          for i in 0..<order {
+            for j in 0...i {
+              let value = product(derivatives[i], derivatives[j])
+              forms.curvatures[sample, i * order + j] = value
+              forms.curvatures[sample, j * order + i] = value
+            }
+            if let residuals { forms.slopes[sample, i] = product(derivatives[i], residuals) }
+          }
+          if let residuals { forms.constants[sample] = product(residuals, residuals) }
+        }
+      }
+    }
+    return forms
+  }
+
+  /// What a gate does on some of the samples.
+  func quality(of gate: Dense, _ rows: [Int]) -> OutputMatching.Quality {
+    let mixtures = gate(samples.features)
+    var (error, distance) = (0.0, 0.0)
+    for task in 0..<module.taskVectors.count {
+      let expert = experts?[task] ?? module.expert(task)
+      for batch in batches(rows.filter { samples.tasks[$0] == task }) {
+        let inputs = tokens(of: batch)
+        let perToken = mixtures.rows(
+          batch.flatMap { repeatElement($0, count: tokensPerSample) })
+        let wanted = expert(inputs, module.activation)
+        var outputs = module.outputs(inputs, mixtures: perToken)
+        var base = module.base(inputs, module.activation)
+        outputs.subtract(wanted)
+        base.subtract(wanted)
+        error += dotProduct(outputs.elements.span, outputs.elements.span)
+        distance += dotProduct(base.elements.span, base.elements.span)
+      }
+    }
+    let weights = mixtures.rows(rows)
+    return OutputMatching.Quality(
+      outputError: distance > 0 ? (error / distance).squareRoot() : 0,
+      routingAccuracy: routingAccuracy(weights.map { Double($0) }, rows.map { samples.tasks[$0] }))
+  }
+}
+
+extension WeightEnsemblingMLP {
+  /// θ₀ + τⱼ.
+  func expert(_ task: Int) -> MLPWeights {
+    var expert = base
+    expert.add(taskVectors[task], scale: 1)
+    return expert
+  }
+
+  /// The outputs for rows of tokens, each with a mixture of its own, without putting together
+  /// weights for every sample.
+  func outputs(_ tokens: Matrix<Float>, mixtures: Matrix<Float>) -> Matrix<Float> {
+    func mix(_ inputs: Matrix<Float>, _ part: KeyPath<MLPWeights, Dense>) -> Matrix<Float> {
+      var sum = base[keyPath: part](inputs)
+      for (expert, taskVector) in taskVectors.enumerated() {
+        let term = taskVector[keyPath: part](inputs)
+        for row in 0..<sum.rowCount {
+          let weight = mixtures[row, expert]
+          for column in 0..<sum.columnCount { sum[row, column] += weight * term[row, column] }
+        }
+      }
+      return sum
+    }
+    return mix(mix(tokens, \.fc1).map { activation($0) }, \.fc2)
+  }
+}
