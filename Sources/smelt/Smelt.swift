@@ -17,7 +17,8 @@ struct Smelt: ParsableCommand {
       """,
     version: "0.1.0",
     subcommands: [
-      Inspect.self, Convert.self, Upscale.self, Calibrate.self, Pack.self, Unpack.self,
+      Inspect.self, Convert.self, Upscale.self, Calibrate.self, CollapseCommand.self, Pack.self,
+      Unpack.self,
     ])
 
   static func main() {

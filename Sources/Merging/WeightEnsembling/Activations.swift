@@ -59,19 +59,20 @@ struct Activations: Sendable {
         of: tensor, samples.lowerBound * tokens * width..<samples.upperBound * tokens * width))
   }
 
-  /// Each sample's mean over its tokens, and the largest |h| of any token.
-  func means(of module: String) throws -> (features: Matrix<Float>, largest: Float) {
+  /// The mean of each of these samples over its tokens, and the largest |h| of any of them.
+  func means(
+    of module: String, _ samples: [Int]
+  ) throws -> (features: Matrix<Float>, largest: Float) {
     let tokens = tokenCount(of: module)
     let width = source.manifest[module]!.rowLength
-    var features = Matrix<Float>(
-      rowCount: sampleCount(of: module), columnCount: width, repeating: 0)
+    var features = Matrix<Float>(rowCount: samples.count, columnCount: width, repeating: 0)
     var largest: Float = 0
-    try forEachBatch(of: module) { first, batch in
-      for row in 0..<batch.rowCount {
-        let sample = first + row / tokens
+    for (row, sample) in samples.enumerated() {
+      let batch = try self.tokens(of: module, sample..<sample + 1)
+      for token in 0..<tokens {
         for column in 0..<width {
-          let value = batch[row, column]
-          features[sample, column] += value / Float(tokens)
+          let value = batch[token, column]
+          features[row, column] += value / Float(tokens)
           largest = max(largest, abs(value))
         }
       }

@@ -29,6 +29,10 @@ public struct MixtureDescription: Codable, Sendable, Equatable {
     /// Where its router is stored: `{prefix}.gate`, or that of a module it shares one with.
     public var gate: String
     public var width: Int
+    /// Its linear maps in the order they are applied; with three, the first gates the second.
+    public var maps: [String]
+    /// Whether their weights are stored [in, out] and not [out, in].
+    public var transposed: Bool
   }
 
   public var experts: [String]
@@ -93,6 +97,12 @@ public struct MixtureDescription: Codable, Sendable, Equatable {
     let encoder = JSONEncoder()
     encoder.outputFormatting = [.sortedKeys, .withoutEscapingSlashes]
     return [Self.metadataKey: String(decoding: try! encoder.encode(self), as: UTF8.self)]
+  }
+
+  /// What a person must know who looks at a checkpoint; `nil` if it is no mixture.
+  public static func warning(of source: any TensorSource) -> String? {
+    // Whoever only looks need not hear that a description is of another version.
+    (try? MixtureDescription(of: source))?.warning
   }
 
   /// What a person must know who is about to use the mixture.

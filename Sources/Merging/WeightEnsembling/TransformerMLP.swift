@@ -51,6 +51,13 @@ public struct TransformerMLP: Sendable, Hashable {
     TransformerMLP("GPT-2", "h.{i}.mlp", ["c_fc", "c_proj"], .geluTanh, isTransposed: true),
   ]
 
+  /// The families' names in a sentence.
+  public static var knownFamilies: String {
+    var names: [String] = []
+    for mlp in families where !names.contains(mlp.family) { names.append(mlp.family) }
+    return names.joined(separator: "; ")
+  }
+
   /// The MLPs at a path that a user gives: `blocks.{i}.ffn`, or with its linear maps in the order
   /// they are applied, `blocks.{i}.ffn:lin1,lin2`.
   public init(pattern: String) throws(MergeError) {
@@ -140,6 +147,10 @@ public struct UpscaledModule: Sendable {
   public let width: Int
   /// Its tensors' names in the original model.
   public let tensors: [String]
+  /// Its linear maps in the order they are applied.
+  let maps: [String]
+  /// Whether their weights are stored [in, out] and not [out, in].
+  let isTransposed: Bool
 
   /// The modules of a model, in its order.
   static func modules(
@@ -156,33 +167,41 @@ public struct UpscaledModule: Sendable {
     }
     return order.compactMap { prefix in
       let own = members[prefix]!
-      guard let width = width(of: own) else { return nil }
+      guard let (width, isTransposed) = width(of: own) else { return nil }
+      let mlp = own[0].member.mlp
+      let keys = own.map { $0.member.key }
       return UpscaledModule(
-        prefix: prefix, layer: own[0].member.layer, mlp: own[0].member.mlp, width: width,
-        tensors: own.map { $0.tensor.name })
+        prefix: prefix, layer: own[0].member.layer, mlp: mlp, width: width,
+        tensors: own.map { $0.tensor.name },
+        maps: mlp.parts.filter { keys.contains("\($0).weight") }, isTransposed: isTransposed)
     }
   }
 
-  /// How wide the input is, as the first weight's shape tells; `nil` if there is no weight.
+  /// How wide the input is, as the first weight's shape tells, and whether that is a weight's
+  /// first dimension; `nil` if there is no weight.
   private static func width(
     of members: [(member: TransformerMLP.Member, tensor: TensorInfo)]
-  ) -> Int? {
+  ) -> (Int, isTransposed: Bool)? {
     let weights = members.filter { $0.tensor.shape.count >= 2 && !$0.tensor.shape.contains(0) }
     guard let (member, weight) = weights.min(by: { $0.member.rank < $1.member.rank }) else {
       return nil
     }
     let (rows, columns) = (weight.shape[weight.shape.count - 2], weight.rowLength)
     // Without an order of the maps: an MLP is wider inside than outside.
-    if member.mlp.parts.isEmpty { return min(rows, columns) }
-    if member.mlp.isTransposed { return rows }
+    if member.mlp.parts.isEmpty { return (min(rows, columns), false) }
+    if member.mlp.isTransposed { return (rows, true) }
     // A bias is as long as the output, which tells how a pattern's weights are stored.
-    let bias = members.first {
-      $0.member.rank == member.rank && $0.tensor.shape.count == 1
-    }
+    let bias = members.first { $0.member.rank == member.rank && $0.tensor.shape.count == 1 }
     if let outputs = bias?.tensor.elementCount, outputs != rows, outputs == columns {
-      return rows
+      return (rows, true)
     }
-    return columns
+    return (columns, false)
+  }
+
+  /// What the family computes between the maps; T5's gated MLPs differ from its plain ones.
+  var activation: Activation? {
+    if mlp.family == "T5" { return maps.count == 3 ? .geluTanh : .relu }
+    return mlp.activation
   }
 }
 

@@ -95,11 +95,10 @@ public struct Upscaling: Sendable {
     _ modules: [UpscaledModule], of family: ModelFamily, _ options: Options
   ) throws {
     guard let first = modules.first else {
-      let known = options.mlps.map { $0.family }.joined(separator: "; ")
       let what = options.layers == nil ? "" : " in the layers asked for"
       throw MergeError(
         "\(family.base.path) has no Transformer MLP\(what) that is known by its tensors' names",
-        remedy: "known are \(known); tell where others are with --mlp")
+        remedy: "known are \(TransformerMLP.knownFamilies); tell where others are with --mlp")
     }
     if options.gates != .own, let other = modules.first(where: { $0.width != first.width }) {
       throw MergeError(
@@ -193,6 +192,9 @@ extension Upscaling {
     }
   }
 
+  /// What a person must know who is about to use the mixture.
+  public var warning: String { description.warning! }
+
   var description: MixtureDescription {
     var description = MixtureDescription(
       experts: family.experts.map { $0.name },
@@ -201,7 +203,8 @@ extension Upscaling {
       cleaning: options.cleaning?.description,
       modules: modules.map {
         .init(
-          prefix: $0.prefix, original: $0.originalPrefix, gate: gate(of: $0), width: $0.width)
+          prefix: $0.prefix, original: $0.originalPrefix, gate: gate(of: $0), width: $0.width,
+          maps: $0.maps, transposed: $0.isTransposed)
       })
     if options.gates == .shared {
       description.aliases = Dictionary(
@@ -231,7 +234,7 @@ extension Upscaling {
   private var activation: Activation? {
     options.activation
       ?? ModelConfiguration(of: family.base.path)?.activation
-      ?? modules[0].mlp.activation
+      ?? modules[0].activation
   }
 }
 

@@ -62,7 +62,8 @@ extension Upscaling {
   /// The task vectors that are stored coded, as they would be stored dense.
   private var codedVectors: [(info: TensorInfo, coding: TaskVectorStorage.Coding, dropped: Double)]
   {
-    family.base.manifest.tensors.flatMap { tensor -> [(TensorInfo, TaskVectorStorage.Coding, Double)] in
+    family.base.manifest.tensors.flatMap {
+      tensor -> [(TensorInfo, TaskVectorStorage.Coding, Double)] in
       let coding = coding(of: tensor)
       guard let member = member(tensor), coding != .dense else { return [] }
       return family.experts.indices.map {
