@@ -15,11 +15,14 @@ let package = Package(
     .systemLibrary(name: "CHDF5", pkgConfig: "hdf5", providers: [.apt(["libhdf5-dev"])]),
     .systemLibrary(name: "CZstd", pkgConfig: "libzstd", providers: [.apt(["libzstd-dev"])]),
     .systemLibrary(name: "CZlib", pkgConfig: "zlib", providers: [.apt(["zlib1g-dev"])]),
+    .systemLibrary(name: "CCrypto", pkgConfig: "libcrypto", providers: [.apt(["libssl-dev"])]),
     .systemLibrary(name: "CXXHash", pkgConfig: "libxxhash", providers: [.apt(["libxxhash-dev"])]),
     .systemLibrary(
       name: "COpenBLAS", pkgConfig: "openblas", providers: [.apt(["libopenblas-dev"])]),
 
-    .target(name: "Checkpoints", dependencies: ["CLinux", "CHDF5", "CZstd", "CZlib", "CXXHash"]),
+    .target(
+      name: "Checkpoints",
+      dependencies: ["CLinux", "CHDF5", "CZstd", "CZlib", "CXXHash", "CCrypto"]),
     .target(name: "Merging", dependencies: ["Checkpoints", "COpenBLAS"]),
     .executableTarget(
       name: "smelt",

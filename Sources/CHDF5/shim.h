@@ -23,6 +23,7 @@ static inline hid_t smelt_h5_dataset_access(void) { return H5P_DATASET_ACCESS; }
 static inline hid_t smelt_h5_link_creation(void) { return H5P_LINK_CREATE; }
 static inline hid_t smelt_h5_attribute_creation(void) { return H5P_ATTRIBUTE_CREATE; }
 static inline unsigned smelt_h5_truncate(void) { return H5F_ACC_TRUNC; }
+static inline unsigned smelt_h5_read_write(void) { return H5F_ACC_RDWR; }
 static inline unsigned smelt_h5_read_only(void) { return H5F_ACC_RDONLY; }
 static inline hid_t smelt_h5_all(void) { return H5S_ALL; }
 

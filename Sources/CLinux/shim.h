@@ -1,6 +1,11 @@
 #pragma once
 #include <sys/types.h>
 
-// Declared by <fcntl.h> only under _GNU_SOURCE, which Swift's Glibc module does not set.
+// Declared by <fcntl.h> and <stdio.h> only under _GNU_SOURCE, which Swift's Glibc module does not set.
 int sync_file_range(int fd, off_t offset, off_t count, unsigned int flags);
+int renameat2(int from_fd, const char *from, int to_fd, const char *to, unsigned int flags);
+static const unsigned int smelt_rename_exchange = 2; // RENAME_EXCHANGE
 static const unsigned int smelt_sync_file_range_write = 2; // SYNC_FILE_RANGE_WRITE
+
+// Likewise, from <unistd.h>.
+int pipe2(int ends[2], int flags);

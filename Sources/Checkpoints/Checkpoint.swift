@@ -3,6 +3,8 @@ public protocol TensorSource: Sendable {
   /// The file or folder the tensors are in, as the user named it.
   var path: String { get }
   var manifest: Manifest { get }
+  /// What is odd about the checkpoint though no reason to refuse it, a sentence each.
+  var warnings: [String] { get }
 
   /// Fills `buffer` with the tensor's bytes from byte `offset` on.
   ///
@@ -14,9 +16,16 @@ public protocol TensorSource: Sendable {
   /// Writes these tensors to the tensors of `sink` with the same names, byte for byte; a source
   /// that has checksums of whole tensors verifies them.
   func copy(_ tensors: [TensorInfo], into sink: any TensorSink, workers: Int) throws
+
+  /// The checksum that was recorded when the tensor was written, if one was.
+  func recordedChecksum(of tensor: TensorInfo) -> TensorChecksum?
 }
 
 extension TensorSource {
+  public var warnings: [String] { [] }
+
+  public func recordedChecksum(of tensor: TensorInfo) -> TensorChecksum? { nil }
+
   /// The tensor of this name, or an error that says it is missing.
   public func tensor(_ name: String) throws(CheckpointError) -> TensorInfo {
     guard let tensor = manifest[name] else {
@@ -117,23 +126,30 @@ public enum Checkpoint {
     Safetensors.self,
     HDF5.self,
     Bundle.self,
+    NumPy.self,
+    PyTorch.self,
   ]
 
-  /// Opens a checkpoint; its first bytes, not its name, say what it is.
+  /// Opens a checkpoint, which may be a model's folder or the index of one; the first bytes of
+  /// any other file, not its name, say what it is.
   ///
   /// safetensors has no magic number, so whatever is nothing else is opened as safetensors,
   /// whose reader knows what the usual confusions look like and says so.
   public static func open(_ path: String) throws(CheckpointError) -> any TensorSource {
+    if isFolder(path) { return try ModelFolder.open(path) }
+    if path.hasSuffix(".index.json") { return try ModelFolder.openShards(path, as: path) }
     let beginning = try File(reading: path).beginning(16)
     let format = formats.first { $0.recognises(beginning) } ?? Safetensors.self
     return try format.open(path)
   }
 
-  /// Begins a checkpoint; the name's ending says which format it will be.
+  /// Begins a checkpoint; the name's ending says which format it will be. A name that ends in
+  /// a slash is that of a model's folder.
   public static func create(_ path: String, _ manifest: Manifest) throws(CheckpointError)
     -> any TensorSink
   {
-    try format(writing: path).create(path, manifest)
+    if path.hasSuffix("/") { return try ModelFolder.create(path, manifest) }
+    return try format(writing: path).create(path, manifest)
   }
 
   /// The format that the name's ending calls for.
@@ -152,6 +168,11 @@ public enum Checkpoint {
 
   /// Writes everything a source holds to a new checkpoint, byte for byte.
   public static func write(_ source: any TensorSource, to path: String, workers: Int = 2) throws {
+    if path.hasSuffix("/") {
+      let sink = try ModelFolder.create(path, source.manifest)
+      try source.copy(into: sink, workers: workers)
+      return try sink.finish()
+    }
     try format(writing: path).write(source, to: path, workers: workers)
   }
 }

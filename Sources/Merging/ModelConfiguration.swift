@@ -55,17 +55,6 @@ public struct ModelConfiguration: Sendable {
   }
 }
 
-extension Activation {
-  /// The names that configurations use for the same function.
-  public init?(configurationName name: String) {
-    switch name {
-    case "gelu_new", "gelu_fast", "gelu_pytorch_tanh": self = .geluTanh
-    case "swish", "silu": self = .silu
-    default: self.init(rawValue: name)
-    }
-  }
-}
-
 /// Any JSON. Numbers keep their kind: 1 stays 1 and does not become 1.0.
 enum JSONValue: Codable, Sendable, Equatable {
   case null

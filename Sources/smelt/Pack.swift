@@ -24,6 +24,7 @@ struct Pack: ParsableCommand {
 
   func run() throws {
     let source = try Checkpoint.open(input)
+    source.warnings.forEach(note)
     try refuse(writing: output, overInputs: [input])
     try Checkpoint.write(source, to: output, workers: resources.jobs)
     let packed = try fileSize(output)
@@ -48,6 +49,7 @@ struct Unpack: ParsableCommand {
 
   func run() throws {
     let source = try Checkpoint.open(input)
+    source.warnings.forEach(note)
     try refuse(writing: output, overInputs: [input])
     try Checkpoint.write(source, to: output, workers: resources.jobs)
     print("\(output): \(summary(of: source.manifest))")

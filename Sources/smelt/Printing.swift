@@ -35,3 +35,6 @@ func note(_ text: String) {
 func decimal(_ value: Double, _ digits: Int = 4) -> String {
   String(format: "%.\(digits)f", value)
 }
+
+/// A number with four significant digits.
+func scientific(_ value: Double) -> String { String(format: "%.3e", value) }

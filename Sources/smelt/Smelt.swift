@@ -17,11 +17,13 @@ struct Smelt: ParsableCommand {
       """,
     version: "0.1.0",
     subcommands: [
-      Inspect.self, Convert.self, Upscale.self, Calibrate.self, CollapseCommand.self, Pack.self,
-      Unpack.self,
+      Inspect.self, Convert.self, Verify.self, Diff.self, Upscale.self, Calibrate.self,
+      CollapseCommand.self, Activations.self, Pack.self, Unpack.self,
     ])
 
   static func main() {
+    // A stranger's HDF5 file can crash libhdf5; it shall not crash the command.
+    HDF5.isolateLibrary()
     cleanUpOnSignals()
     Self.main(nil)
   }

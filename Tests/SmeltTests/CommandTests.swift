@@ -52,7 +52,7 @@ struct CommandTests {
     let result = try smelt("inspect", "--json", folder("a.safetensors"))
     let json = try JSONSerialization.jsonObject(with: Data(result.output.utf8)) as? [String: Any]
     #expect(json?["bytes"] as? Int == 8)
-    #expect(json?["metadata"] as? [String: String] == ["k": "v"])
+    #expect(json?["metadata"] as? [String: String] == ["format": "pt", "k": "v"])
     let tensor = (json?["tensors"] as? [[String: Any]])?.first
     #expect(tensor?["name"] as? String == "a")
     #expect(tensor?["shape"] as? [Int] == [2])
@@ -78,5 +78,97 @@ struct CommandTests {
       result.errors
         == "Error: \(folder("b.safetensors")): is also an input; write to another name\n")
     #expect(try Data(contentsOf: URL(filePath: folder("a.safetensors"))) == before)
+  }
+}
+
+/// `smelt verify` and `smelt diff`, with their exit codes.
+struct IdentityCommandTests {
+  let folder: TemporaryFolder
+
+  init() throws {
+    folder = try TemporaryFolder()
+    try Checkpoint.write(
+      [SmallTensor("a", [2], [3, 4]), SmallTensor("b", [1], [1])], to: folder("one.safetensors"))
+  }
+
+  @Test func `verify says what it checked and what it did not`() throws {
+    let structure = try smelt("verify", folder("one.safetensors"))
+    #expect(structure.code == 0)
+    #expect(
+      structure.output == """
+        structure: valid, 2 tensors, 12 B
+        not checked: the tensors' data (--data, --against)
+
+        """)
+    let data = try smelt("verify", folder("one.safetensors"), "--data")
+    #expect(data.code == 0)
+    #expect(
+      data.output == """
+        structure: valid, 2 tensors, 12 B
+        data: 2 of 2 tensors have the checksum they were written with
+
+        """)
+  }
+
+  @Test func `a flipped bit is found and the tensor is named`() throws {
+    let path = folder("one.safetensors")
+    var bytes = try Data(contentsOf: URL(filePath: path))
+    bytes[bytes.count - 1] ^= 1
+    try bytes.write(to: URL(filePath: path))
+    let result = try smelt("verify", path, "--data")
+    #expect(result.code == 1)
+    #expect(
+      result.output.contains(
+        "data: tensor \"b\" is not what was written: its checksum differs\n"))
+  }
+
+  @Test func `the same tensors in another format are the same`() throws {
+    #expect(try smelt("convert", folder("one.safetensors"), folder("one.h5")).code == 0)
+    #expect(
+      try smelt("verify", folder("one.h5"), "--against", folder("one.safetensors")).code == 0)
+    let result = try smelt("diff", folder("one.safetensors"), folder("one.h5"))
+    #expect(result.code == 0)
+    #expect(result.output == "2 of 2 common tensors are the same, bit for bit\n")
+  }
+
+  @Test func `a difference is measured and exits with 1`() throws {
+    try Checkpoint.write(
+      [SmallTensor("a", [2], [3, 4.5]), SmallTensor("c", [1], [1])], to: folder("two.safetensors"))
+    let result = try smelt("diff", folder("one.safetensors"), folder("two.safetensors"))
+    #expect(result.code == 1)
+    #expect(
+      result.output == """
+        only in \(folder("one.safetensors")): "b"
+        only in \(folder("two.safetensors")): "c"
+        max |a−b|   relative      cosine  tensor
+        5.000e-01  1.000e-01  0.99846035  "a"
+        0 of 1 common tensors are the same, bit for bit
+
+        """)
+    let json = try smelt("diff", "--json", folder("one.safetensors"), folder("two.safetensors"))
+    let report = try JSONSerialization.jsonObject(with: Data(json.output.utf8)) as? [String: Any]
+    #expect(report?["onlyInSecond"] as? [String] == ["c"])
+    #expect((report?["tensors"] as? [[String: Any]])?.first?["maximum"] as? Double == 0.5)
+  }
+}
+
+/// `smelt upscale` on models that do not fit each other.
+struct UpscaleCommandTests {
+  @Test func `an expert of another shape is refused and nothing is left behind`() throws {
+    let folder = try TemporaryFolder()
+    let name = "encoder.layers.0.mlp.fc1.weight"
+    try Checkpoint.write(
+      [SmallTensor(name, [2, 3], .init(repeating: 1, count: 6))], to: folder("b.safetensors"))
+    try Checkpoint.write(
+      [SmallTensor(name, [3, 2], .init(repeating: 1, count: 6))], to: folder("e.safetensors"))
+    let result = try smelt(
+      "upscale", "--base", folder("b.safetensors"), "--expert", "e=\(folder("e.safetensors"))",
+      "-o", folder("moe.h5"), "--task-vectors", folder("tv.safetensors"))
+    #expect(result.code == 1)
+    #expect(
+      result.errors
+        == "Error: \(folder("e.safetensors")): tensor \"\(name)\": has the shape [3, 2] but [2, 3] in \(folder("b.safetensors")); an expert must be fine-tuned from the base it is merged with\n"
+    )
+    #expect(try folder.names == ["b.safetensors", "e.safetensors"])
   }
 }

@@ -27,25 +27,3 @@ public enum Bundle: CheckpointFormat {
     try pack(source, to: path, workers: workers)
   }
 }
-
-/// How a tensor is coded.
-enum Codec: String, Sendable, CaseIterable {
-  /// As it is.
-  case raw
-  /// Planes of bytes: see `Planes`.
-  case planes
-
-  /// Whether tensors of this type can be coded so.
-  func suits(_ dtype: DType) -> Bool {
-    switch self {
-    case .raw: true
-    case .planes: dtype.isArithmetic
-    }
-  }
-}
-
-extension DType {
-  /// Bytes of one element.
-  /// - Precondition: not one of the types packed below a byte.
-  var byteWidth: Int { bitWidth / 8 }
-}

@@ -12,7 +12,13 @@ extension Bundle {
 
     private let path: String
     private let inner: Manifest
-    private var streams: [Int?]
+    private var cuts: [Cut?]
+    private var positions: [ExactName: Int] = [:]
+
+    private struct Cut: Equatable {
+      let streams: Int
+      let blocks: Int?
+    }
 
     /// - Throws: what in the recipe does not fit the inner tensors or the frames.
     init(
@@ -21,16 +27,16 @@ extension Bundle {
       self.recipe = recipe
       self.inner = inner.manifest
       self.path = path
-      streams = Array(repeating: nil, count: inner.manifest.tensors.count)
-      var names = Set<ExactName>()
+      cuts = Array(repeating: nil, count: inner.manifest.tensors.count)
       for model in recipe.models {
         headers.append(try model.header.map { (name) throws(CheckpointError) in try header(name) })
         for entry in model.tensors {
           let name = model.fullName(entry.tensor.name)
-          guard names.insert(ExactName(name)).inserted else {
+          guard positions[ExactName(name)] == nil else {
             throw malformed(name, "is in the recipe twice")
           }
           tensors.append(try stored(entry, as: name))
+          positions[ExactName(name)] = tensors.count - 1
         }
       }
       try placeFrames(after: inner.prefix.count, table)
@@ -49,59 +55,113 @@ extension Bundle {
     let checksum: UInt64
     /// The positions of its parts.
     let parts: [Int]
+    let reference: Reference?
+    /// For the lossy codecs: elements that share a scale.
+    let group: Int
 
-    /// Tensor bytes that are coded together: a frame of every stream.
-    var blockSize: Int {
-      codec == .raw ? ZstdFrame.contentSize : tensor.dtype.byteWidth * ZstdFrame.contentSize
-    }
+    /// Tensor bytes that are coded together.
+    var blockSize: Int { tensor.dtype.byteWidth * Codec.blockCount }
+  }
+
+  /// Another tensor that is needed to decode one.
+  enum Reference: Sendable {
+    /// An earlier one of the bundle that needs none itself, by its position.
+    case inside(Int)
+    case base(String, checksum: UInt64)
   }
 }
 
 extension Bundle.Contents {
-  /// The part that a recipe calls `name`, claimed as cut into so many streams.
-  private mutating func part(_ name: String, of tensor: String, streams count: Int)
-    throws(CheckpointError) -> (position: Int, tensor: TensorInfo)
-  {
+  private mutating func header(_ name: String) throws(CheckpointError) -> Int {
+    guard let part = inner[name], part.dtype == .u8, part.byteCount <= Safetensors.largestHeader
+    else {
+      throw malformed(name, "should be a safetensors header and is not")
+    }
+    let shape = PartShape(suffix: "", dtype: .u8, shape: part.shape, streams: 1)
+    return try claim(name, as: shape, blocks: 0, of: name)
+  }
+
+  /// The inner tensor of this name, which must have this shape and not be shared otherwise.
+  private mutating func claim(
+    _ name: String, as shape: PartShape, blocks: Int, of tensor: String
+  ) throws(CheckpointError) -> Int {
     guard let position = inner.position(of: name) else {
       throw malformed(tensor, "needs \(quoted(name)), which the bundle does not hold")
     }
-    guard streams[position] == nil || streams[position] == count else {
+    let part = inner.tensors[position]
+    guard part.dtype == shape.dtype, part.shape == shape.shape else {
+      throw malformed(
+        tensor,
+        "needs \(quoted(name)) as \(shape.dtype.rawValue) \(shape.shape), but it is \(part.dtype.rawValue) \(part.shape)"
+      )
+    }
+    let cut = Cut(streams: shape.streams, blocks: shape.isCutByBlock ? blocks : nil)
+    guard cuts[position] == nil || cuts[position] == cut else {
       throw malformed(tensor, "shares \(quoted(name)) with a tensor that is coded otherwise")
     }
-    streams[position] = count
-    return (position, inner.tensors[position])
-  }
-
-  private mutating func header(_ name: String) throws(CheckpointError) -> Int {
-    let part = try part(name, of: name, streams: 1)
-    guard part.tensor.dtype == .u8, part.tensor.byteCount <= Safetensors.largestHeader else {
-      throw malformed(name, "cannot be a safetensors header")
-    }
-    return part.position
+    cuts[position] = cut
+    return position
   }
 
   private mutating func stored(_ entry: Bundle.Recipe.Entry, as name: String)
     throws(CheckpointError) -> Bundle.Stored
   {
-    let tensor = entry.tensor.renamed(name)
-    guard entry.codec.suits(tensor.dtype) else {
-      throw malformed(name, "is \(tensor.dtype.rawValue), which codec \(entry.codec) cannot hold")
+    let (tensor, codec) = (entry.tensor.renamed(name), entry.codec)
+    guard codec.suits(tensor.dtype) else {
+      throw malformed(name, "is \(tensor.dtype.rawValue), which codec \(codec) cannot hold")
     }
-    let names = entry.parts.isEmpty ? [name] : entry.parts
-    guard names.count == 1 else {
-      throw malformed(name, "has \(names.count) parts instead of 1")
+    let names = entry.parts.isEmpty ? codec.suffixes.map { name + $0 } : entry.parts
+    guard names.count == codec.suffixes.count else {
+      throw malformed(name, "has \(names.count) parts instead of \(codec.suffixes.count)")
     }
-    let count = entry.codec == .raw ? 1 : tensor.dtype.byteWidth
-    let part = try part(names[0], of: name, streams: count)
-    let isRight =
-      entry.codec == .raw
-      ? part.tensor.dtype == tensor.dtype && part.tensor.shape == tensor.shape
-      : part.tensor.dtype == .u8 && part.tensor.shape == [count, tensor.elementCount]
-    guard isRight else {
-      throw malformed(name, "does not have the size of \(quoted(names[0])), which holds it")
+    let group = entry.group ?? 1
+    guard codec.isLossy ? group >= Quantisation.smallestGroup : entry.group == nil else {
+      throw malformed(name, "has groups of \(group) elements")
+    }
+    var lengths = (gaps: 0, values: 0)
+    if codec == .sparse {
+      lengths = (inner[names[0]]?.elementCount ?? 0, inner[names[1]]?.shape.last ?? 0)
+      guard !lengths.values.multipliedReportingOverflow(by: 8).overflow else {
+        throw malformed(name, "has too many values")
+      }
+    }
+    var parts: [Int] = []
+    for (partName, shape) in zip(names, codec.parts(of: tensor, sparse: lengths, group: group)) {
+      parts.append(
+        try claim(partName, as: shape, blocks: Codec.blocks(of: tensor), of: name))
     }
     return Bundle.Stored(
-      tensor: tensor, codec: entry.codec, checksum: entry.checksum, parts: [part.position])
+      tensor: tensor, codec: codec, checksum: entry.checksum, parts: parts,
+      reference: try reference(of: entry, tensor), group: group)
+  }
+
+  /// What the entry refers to: an earlier tensor like it that refers to none, so that no chain
+  /// or circle can be.
+  private func reference(of entry: Bundle.Recipe.Entry, _ tensor: TensorInfo)
+    throws(CheckpointError) -> Bundle.Reference?
+  {
+    guard entry.codec.needsReference == (entry.reference != nil) else {
+      throw malformed(tensor.name, "has a reference and needs none, or the reverse")
+    }
+    switch entry.reference {
+    case nil: return nil
+    case .base(let name, let checksum): return .base(name, checksum: checksum)
+    case .inside(let name):
+      guard let position = positions[ExactName(name)] else {
+        throw malformed(
+          tensor.name, "refers to \(quoted(name)), which is not among the tensors before it")
+      }
+      let other = tensors[position]
+      guard other.reference == nil else {
+        throw malformed(
+          tensor.name, "refers to \(quoted(name)), which is itself a difference from another")
+      }
+      guard other.tensor.dtype == tensor.dtype, other.tensor.elementCount == tensor.elementCount
+      else {
+        throw malformed(tensor.name, "refers to \(quoted(name)), which is of another size")
+      }
+      return .inside(position)
+    }
   }
 
   /// Numbers the frames and compares their sizes with the seek table's.
@@ -109,21 +169,19 @@ extension Bundle.Contents {
     throws(CheckpointError)
   {
     var next = Bundle.frameCount(of: headerSize)
-    for (tensor, streams) in zip(inner.tensors, streams) {
-      guard let streams else {
+    for (tensor, cut) in zip(inner.tensors, cuts) {
+      guard let cut else {
         throw malformed(tensor.name, "is in the bundle but not in its recipe")
       }
-      var part = Bundle.Part(tensor, streams: streams)
-      part.firstFrame = next
-      next += part.frameCount
-      guard next <= table.count else {
-        throw malformed(tensor.name, "has more frames than the seek table")
-      }
-      for stream in 0..<streams {
-        for index in 0..<part.framesPerStream
-        where table.contentSizes[part.frame(index, of: stream)] != part.range(of: index).count {
+      let part = Bundle.Part(
+        tensor: tensor, streams: cut.streams, blocks: cut.blocks, firstFrame: next)
+      for _ in 0..<part.streams {
+        guard part.framesPerStream <= table.count - next,
+          part.fits(table.contentSizes[next..<next + part.framesPerStream])
+        else {
           throw malformed(tensor.name, "is not cut into frames as the format says")
         }
+        next += part.framesPerStream
       }
       parts.append(part)
     }

@@ -6,6 +6,10 @@ final class BundleFile: Sendable {
   let models: [Model]
   let frames: FrameFile
   private let contents: Bundle.Contents
+  /// The model that tensors may be differences from, if the user has named one.
+  private let base: (any TensorSource)?
+  /// The base's tensors whose checksums have been found right.
+  private let provenBases = Mutex<Set<ExactName>>([])
   /// Readers that no thread is using; there are never more than there were threads at once.
   private let idle = Mutex<[BlockReader]>([])
 
@@ -20,8 +24,9 @@ final class BundleFile: Sendable {
   /// The tensors of all models in order, under their full names.
   var tensors: [Bundle.Stored] { contents.tensors }
 
-  init(_ path: String) throws(CheckpointError) {
+  init(_ path: String, base: (any TensorSource)?) throws(CheckpointError) {
     frames = try FrameFile(path)
+    self.base = base
     self.path = path
     let reader = BlockReader(blockSize: 0)
     let inner = try Self.readHeader(frames, reader)
@@ -44,7 +49,7 @@ final class BundleFile: Sendable {
     guard let first = sizes.first, first >= 8 else {
       throw CheckpointError(file: frames.path, "holds nothing")
     }
-    let beginning = try reader.bytes(of: 0..<1, in: frames, of: nil)
+    let beginning = try frames.bytes(of: 0..<1, of: nil, reader)
     let length = beginning.prefix(8).reversed().reduce(UInt64(0)) { $0 << 8 | UInt64($1) }
     guard length > 0, length <= UInt64(Safetensors.largestHeader), Int(length) + 8 <= total else {
       throw CheckpointError(
@@ -57,7 +62,7 @@ final class BundleFile: Sendable {
         file: frames.path, "has an inner header that does not fill its frames",
         remedy: "it is not a bundle, or damaged")
     }
-    let header = try reader.bytes(of: 0..<count, in: frames, of: nil).dropFirst(8)
+    let header = try frames.bytes(of: 0..<count, of: nil, reader).dropFirst(8)
     return try Safetensors.Layout(parsing: Array(header), fileSize: total, path: frames.path)
   }
 
@@ -73,9 +78,8 @@ final class BundleFile: Sendable {
       let tensors = model.tensors.map { $0.tensor }
       var manifest = Manifest(tensors, metadata: model.metadata)
       if let part = header.map({ contents.parts[$0] }) {
-        let bytes = try reader.bytes(
-          of: part.firstFrame..<part.firstFrame + part.frameCount, in: frames,
-          of: part.tensor.name)
+        let bytes = try frames.bytes(
+          of: part.firstFrame..<part.firstFrame + part.framesPerStream, of: part.tensor, reader)
         let layout = try Safetensors.Layout(
           parsing: bytes, fileSize: 8 + bytes.count + manifest.byteCount, path: frames.path)
         guard layout.manifest.tensors.count == tensors.count,
@@ -144,64 +148,210 @@ extension BundleFile {
     _ block: Int, of index: Int, into bytes: UnsafeMutableRawBufferPointer, _ reader: BlockReader
   ) throws(CheckpointError) {
     let stored = tensors[index]
-    let part = contents.parts[stored.parts[0]]
     switch stored.codec {
     case .raw:
-      try reader.frame(part.frame(block, of: 0), in: frames, of: stored.tensor, into: bytes)
-    case .planes:
-      let width = stored.tensor.dtype.byteWidth
-      let count = bytes.count / width
-      for plane in 0..<width {
-        try reader.frame(
-          part.frame(block, of: plane), in: frames, of: stored.tensor,
-          into: reader.planes.part(plane << 20..<plane << 20 + count))
+      let part = contents.parts[stored.parts[0]]
+      let first = block * (stored.blockSize >> 20)
+      for begin in stride(from: 0, to: bytes.count, by: ZstdFrame.contentSize) {
+        let end = min(begin + ZstdFrame.contentSize, bytes.count)
+        try frames.decode(
+          part.frame(first + begin >> 20, of: 0), of: stored.tensor, reader,
+          into: UnsafeMutableRawBufferPointer(rebasing: bytes[begin..<end]))
       }
-      Planes.join(
-        reader.planes.start.assumingMemoryBound(to: UInt8.self), stride: 1 << 20, count: count,
-        width: width, rotated: true, into: bytes.baseAddress!)
+    case .planes:
+      try decodePlanes(block, of: stored, part: 0, rotated: true, into: bytes, reader)
+    case .xor:
+      try decodePlanes(block, of: stored, part: 0, rotated: false, into: bytes, reader)
+      let other = reader.elements.part(0..<bytes.count)
+      try decodeReference(block, of: stored, into: other, reader)
+      exclusiveOr(
+        bytes.baseAddress!, with: UnsafeRawPointer(other.baseAddress!), count: bytes.count)
+    case .ulp:
+      try decodeReference(block, of: stored, into: bytes, reader)
+      let count = bytes.count / stored.tensor.dtype.byteWidth
+      try readPlanes(block, of: stored, part: 0, count: count, reader)
+      Steps.add(
+        reader.planes.octets, stride: 1 << 20, count: count,
+        width: stored.tensor.dtype.byteWidth, to: bytes.baseAddress!)
+    case .sparse: try decodeSparse(block, of: stored, into: bytes, reader)
+    case .int8, .int4, .sign1: try decodeLossy(block, of: stored, into: bytes, reader)
     }
+  }
+
+  /// Reads the planes' frames of a block into the reader, 1 MiB apart.
+  private func readPlanes(
+    _ block: Int, of stored: Bundle.Stored, part: Int, count: Int, _ reader: BlockReader
+  ) throws(CheckpointError) {
+    let part = contents.parts[stored.parts[part]]
+    for plane in 0..<part.streams {
+      try frames.decode(
+        part.frame(block, of: plane), of: stored.tensor, reader,
+        into: reader.planes.part(plane << 20..<plane << 20 + count))
+    }
+  }
+
+  private func decodePlanes(
+    _ block: Int, of stored: Bundle.Stored, part: Int, rotated: Bool,
+    into bytes: UnsafeMutableRawBufferPointer, _ reader: BlockReader
+  ) throws(CheckpointError) {
+    let width = stored.tensor.dtype.byteWidth
+    try readPlanes(block, of: stored, part: part, count: bytes.count / width, reader)
+    Planes.join(
+      reader.planes.octets, stride: 1 << 20, count: bytes.count / width, width: width,
+      rotated: rotated, into: bytes.baseAddress!)
+  }
+
+  private func decodeSparse(
+    _ block: Int, of stored: Bundle.Stored, into bytes: UnsafeMutableRawBufferPointer,
+    _ reader: BlockReader
+  ) throws(CheckpointError) {
+    let (gaps, values) = (contents.parts[stored.parts[0]], contents.parts[stored.parts[1]])
+    let width = stored.tensor.dtype.byteWidth
+    let gapCount = frames.table.contentSizes[gaps.frame(block, of: 0)]
+    let valueCount = frames.table.contentSizes[values.frame(block, of: 0)]
+    try frames.decode(
+      gaps.frame(block, of: 0), of: stored.tensor, reader, into: reader.octets.part(0..<gapCount))
+    let target = reader.elements.part(0..<valueCount * width)
+    if valueCount > 0 {
+      try decodePlanes(block, of: stored, part: 1, rotated: true, into: target, reader)
+    }
+    let fits = Gaps.read(
+      UnsafeBufferPointer(start: reader.octets.octets, count: gapCount),
+      values: UnsafeRawPointer(reader.elements.start), valueCount: valueCount, width: width,
+      into: bytes.baseAddress!, count: bytes.count / width)
+    guard fits else {
+      throw CheckpointError(
+        file: path, tensor: stored.tensor.name, "has gaps that do not fit its values",
+        remedy: "the bundle was not made as its format says")
+    }
+  }
+
+  private func decodeLossy(
+    _ block: Int, of stored: Bundle.Stored, into bytes: UnsafeMutableRawBufferPointer,
+    _ reader: BlockReader
+  ) throws(CheckpointError) {
+    let count = bytes.count / stored.tensor.dtype.byteWidth
+    let first = block * Codec.blockCount
+    let groups = first / stored.group...(first + count - 1) / stored.group
+    try readStream(
+      contents.parts[stored.parts[1]], of: stored.tensor,
+      4 * groups.lowerBound..<4 * groups.upperBound + 4, into: reader.scales.start, reader)
+    let begin = block * Quantisation.codedSize(Codec.blockCount, stored.codec)
+    try readStream(
+      contents.parts[stored.parts[0]], of: stored.tensor,
+      begin..<begin + Quantisation.codedSize(count, stored.codec), into: reader.elements.start,
+      reader)
+    let scales = reader.scales.start.assumingMemoryBound(to: Float.self)
+    let values = UnsafeMutableBufferPointer(
+      start: reader.floats.start.assumingMemoryBound(to: Float.self), count: count)
+    Quantisation.decode(
+      UnsafePointer(reader.elements.octets), stored.codec,
+      scale: { scales[(first + $0) / stored.group - groups.lowerBound] }, into: values)
+    var target = MutableRawSpan(_unsafeBytes: bytes)
+    stored.tensor.dtype.encode(Span(_unsafeElements: UnsafeBufferPointer(values)), into: &target)
+  }
+
+  /// Reads some bytes of a part's only stream.
+  private func readStream(
+    _ part: Bundle.Part, of tensor: TensorInfo, _ range: Range<Int>,
+    into bytes: UnsafeMutableRawPointer, _ reader: BlockReader
+  ) throws(CheckpointError) {
+    for index in range.lowerBound >> 20...(range.upperBound - 1) >> 20 {
+      let size = frames.table.contentSizes[part.frame(index, of: 0)]
+      let content = reader.octets.part(0..<size)
+      try frames.decode(part.frame(index, of: 0), of: tensor, reader, into: content)
+      let wanted = range.clamped(to: index << 20..<index << 20 + size)
+      (bytes + (wanted.lowerBound - range.lowerBound)).copyMemory(
+        from: content.baseAddress! + (wanted.lowerBound - index << 20), byteCount: wanted.count)
+    }
+  }
+
+  /// Decodes the block of the tensor that `stored` differs from.
+  private func decodeReference(
+    _ block: Int, of stored: Bundle.Stored, into bytes: UnsafeMutableRawBufferPointer,
+    _ reader: BlockReader
+  ) throws(CheckpointError) {
+    switch stored.reference! {
+    case .inside(let position): try decode(block, of: position, into: bytes, reader)
+    case .base(let name, let checksum):
+      let base = try provenBase(name, checksum, of: stored)
+      try base.source.read(base.tensor, at: block * stored.blockSize, into: bytes)
+    }
+  }
+
+  /// The base's tensor, once it has been found to be the one that the bundle was made with.
+  private func provenBase(_ name: String, _ checksum: UInt64, of stored: Bundle.Stored)
+    throws(CheckpointError) -> (source: any TensorSource, tensor: TensorInfo)
+  {
+    guard let base else {
+      throw CheckpointError(
+        file: path, tensor: stored.tensor.name,
+        "is kept as a difference from a base model that is not in the bundle",
+        remedy: "name the base")
+    }
+    let tensor = try base.tensor(name)
+    if provenBases.withLock({ $0.contains(ExactName(name)) }) { return (base, tensor) }
+    guard tensor.dtype == stored.tensor.dtype,
+      tensor.elementCount == stored.tensor.elementCount,
+      try base.checksum(of: tensor) == checksum
+    else {
+      throw CheckpointError(
+        file: base.path, tensor: name, "is not what \(path) was packed against",
+        remedy: "name the base that it was packed with")
+    }
+    provenBases.withLock { _ = $0.insert(ExactName(name)) }
+    return (base, tensor)
+  }
+}
+
+extension FrameFile {
+  fileprivate func decode(
+    _ index: Int, of tensor: TensorInfo?, _ reader: BlockReader,
+    into content: UnsafeMutableRawBufferPointer
+  ) throws(CheckpointError) {
+    try decode(
+      index, of: tensor?.name, using: reader.decoder, reader.compressed, into: content)
+  }
+
+  /// What some frames hold together; for headers, not for tensors.
+  fileprivate func bytes(of range: Range<Int>, of tensor: TensorInfo?, _ reader: BlockReader)
+    throws(CheckpointError) -> [UInt8]
+  {
+    let sizes = table.contentSizes[range]
+    var bytes = [UInt8](repeating: 0, count: sizes.reduce(0, +))
+    var span = bytes.mutableSpan
+    try span.withUnsafeMutableBytes { (bytes) throws(CheckpointError) in
+      var begin = 0
+      for (frame, size) in zip(range, sizes) {
+        let content = UnsafeMutableRawBufferPointer(rebasing: bytes[begin..<begin + size])
+        try decode(frame, of: tensor, reader, into: content)
+        begin += size
+      }
+    }
+    return bytes
   }
 }
 
 /// What one thread at a time decodes blocks with.
 private final class BlockReader: @unchecked Sendable {
   // Sound: readers are shared through a lock and each is with one thread at a time.
-  private let decoder = FrameDecoder()
-  private let compressed = PinnedBytes(count: ZstdFrame.largest)
+  let decoder = FrameDecoder()
+  let compressed = PinnedBytes(count: ZstdFrame.largest)
   /// The streams of a block, 1 MiB apart.
   let planes: PinnedBytes
+  /// Values of a sparse block, coded elements, or a reference's block.
+  let elements: PinnedBytes
+  /// One frame's bytes.
+  let octets = PinnedBytes(count: ZstdFrame.contentSize)
+  let floats = PinnedBytes(count: 4 * Codec.blockCount)
+  let scales = PinnedBytes(count: 4 * (Codec.blockCount / Quantisation.smallestGroup + 2))
   /// The block that was last read in pieces.
   let block: PinnedBytes
   var held: (tensor: Int, block: Int)?
 
   init(blockSize: Int) {
     planes = PinnedBytes(count: blockSize)
+    elements = PinnedBytes(count: blockSize)
     block = PinnedBytes(count: blockSize)
-  }
-
-  func frame(
-    _ index: Int, in frames: FrameFile, of tensor: TensorInfo,
-    into content: UnsafeMutableRawBufferPointer
-  ) throws(CheckpointError) {
-    try frames.decode(index, of: tensor.name, using: decoder, compressed, into: content)
-  }
-
-  /// What some frames hold together; for headers, not for tensors.
-  func bytes(of range: Range<Int>, in frames: FrameFile, of tensor: String?)
-    throws(CheckpointError) -> [UInt8]
-  {
-    var bytes = [UInt8](repeating: 0, count: range.reduce(0) { $0 + frames.table.contentSizes[$1] })
-    var span = bytes.mutableSpan
-    try span.withUnsafeMutableBytes { (bytes) throws(CheckpointError) in
-      var begin = 0
-      for frame in range {
-        let end = begin + frames.table.contentSizes[frame]
-        try frames.decode(
-          frame, of: tensor, using: decoder, compressed,
-          into: UnsafeMutableRawBufferPointer(rebasing: bytes[begin..<end]))
-        begin = end
-      }
-    }
-    return bytes
   }
 }

@@ -22,7 +22,20 @@ extension Bundle {
       var codec: Codec
       var checksum: UInt64
       /// The inner tensors, if they are not named as the codec has it.
-      var parts: [String]
+      var parts: [String] = []
+      var reference: Reference?
+      /// For the lossy codecs: elements that share a scale.
+      var group: Int?
+      /// For the lossy codecs: the root mean square of the errors over that of the values.
+      var error: String?
+    }
+
+    /// Another tensor that is needed.
+    enum Reference: Sendable, Equatable {
+      /// An earlier one of the bundle, by its full name.
+      case inside(String)
+      /// One of the base model, which is not in the bundle.
+      case base(String, checksum: UInt64)
     }
   }
 }
@@ -45,23 +58,32 @@ extension Bundle.Recipe.Model {
         .map { "\(jsonString($0.key)):\(jsonString($0.value))" }
       members.append("\"metadata\":{\(pairs.joined(separator: ","))}")
     }
-    let entries = tensors.map { $0.json(in: self) }.joined(separator: ",")
+    let entries = tensors.map { $0.json }.joined(separator: ",")
     members.append("\"tensors\":[\(entries)]")
     return "{\(members.joined(separator: ","))}"
   }
 }
 
 extension Bundle.Recipe.Entry {
-  fileprivate func json(in model: Bundle.Recipe.Model) -> String {
+  fileprivate var json: String {
     let shape = tensor.shape.map(String.init).joined(separator: ",")
     var members = [
       "\"name\":\(jsonString(tensor.name))", "\"dtype\":\"\(tensor.dtype.rawValue)\"",
       "\"shape\":[\(shape)]", "\"codec\":\"\(codec.rawValue)\"",
       "\"xxh3\":\"\(hexadecimal(checksum))\"",
     ]
-    if parts != [model.fullName(tensor.name)] {
+    if !parts.isEmpty {
       members.append("\"parts\":[\(parts.map(jsonString).joined(separator: ","))]")
     }
+    switch reference {
+    case .inside(let name): members.append("\"reference\":\(jsonString(name))")
+    case .base(let name, let checksum):
+      members.append(
+        "\"base\":\(jsonString(name)),\"base_xxh3\":\"\(hexadecimal(checksum))\"")
+    case nil: break
+    }
+    if let group { members.append("\"group\":\(group)") }
+    if let error { members.append("\"error\":\(jsonString(error))") }
     return "{\(members.joined(separator: ","))}"
   }
 }
@@ -127,7 +149,7 @@ extension Bundle.Recipe.Model {
         }
       case "tensors":
         try scanner.array("as a model's tensors") { (scanner) throws(CheckpointError) in
-          tensors.append(try Bundle.Recipe.Entry(parsing: &scanner, model: name))
+          tensors.append(try Bundle.Recipe.Entry(parsing: &scanner))
         }
       default: throw scanner.failure("a model has the unknown field \(quoted(key))")
       }
@@ -140,10 +162,11 @@ extension Bundle.Recipe.Model {
 }
 
 extension Bundle.Recipe.Entry {
-  fileprivate init(parsing scanner: inout JSONScanner, model: String) throws(CheckpointError) {
+  fileprivate init(parsing scanner: inout JSONScanner) throws(CheckpointError) {
     var texts: [String: String] = [:]
     var shape: [Int]?
     var parts: [String] = []
+    var group: Int?
     var seen = Set<String>()
     try scanner.object("as a tensor") { (scanner, key) throws(CheckpointError) in
       let name = texts["name"] ?? ""
@@ -151,7 +174,7 @@ extension Bundle.Recipe.Entry {
         throw scanner.failure("has the field \(quoted(key)) twice", tensor: name)
       }
       switch key {
-      case "name", "dtype", "codec", "xxh3":
+      case "name", "dtype", "codec", "xxh3", "reference", "base", "base_xxh3", "error":
         texts[key] = try scanner.string("as a tensor's \(key)")
       case "shape":
         var list: [Int] = []
@@ -159,6 +182,7 @@ extension Bundle.Recipe.Entry {
           list.append(try scanner.natural("in its shape", tensor: name))
         }
         shape = list
+      case "group": group = try scanner.natural("as its group", tensor: name)
       case "parts":
         try scanner.array("as parts") { (scanner) throws(CheckpointError) in
           parts.append(try scanner.string("as a part"))
@@ -177,7 +201,15 @@ extension Bundle.Recipe.Entry {
     guard let tensor = try? TensorInfo(name: name, dtype: dtype, shape: shape) else {
       throw scanner.failure("its shape is too large or not of whole bytes", tensor: name)
     }
-    self.init(tensor: tensor, codec: codec, checksum: checksum, parts: parts)
+    self.init(
+      tensor: tensor, codec: codec, checksum: checksum, parts: parts, group: group,
+      error: texts["error"])
+    switch (texts["reference"], texts["base"], texts["base_xxh3"].map(number(hexadecimal:))) {
+    case (nil, nil, nil): reference = nil
+    case (let name?, nil, nil): reference = .inside(name)
+    case (nil, let name?, let checksum??): reference = .base(name, checksum: checksum)
+    default: throw scanner.failure("its reference is incomplete or there twice", tensor: name)
+    }
   }
 }
 

@@ -12,8 +12,10 @@ public final class BundleSource: TensorSource {
   private let first: Int
 
   /// Opens a bundle. The tensors of one that holds several models are named `MODEL/TENSOR`.
-  public convenience init(_ path: String) throws(CheckpointError) {
-    self.init(try BundleFile(path))
+  ///
+  /// - Parameter base: the model that the bundle's were packed against, if it is not inside.
+  public convenience init(_ path: String, base: (any TensorSource)? = nil) throws(CheckpointError) {
+    self.init(try BundleFile(path, base: base))
   }
 
   private init(_ file: BundleFile) {

@@ -1,9 +1,34 @@
 extension Bundle {
-  /// What a first look at a tensor has found: how it is best coded, and its checksum.
+  /// What a first look at a tensor has found.
   struct Finding: Sendable {
-    var codec = Codec.raw
-    /// How each stream's frames are compressed.
-    var modes: [ZstdFrame.Mode] = [.stored]
+    /// The checksum of what unpacking gives back.
+    var checksum: UInt64 = 0
+    /// The best coding of the tensor by itself.
+    var own = Choice(codec: .raw, modes: [.stored], cost: 0)
+    /// Codings as a difference from another tensor that take less, best first.
+    var differences: [(choice: Choice, candidate: Candidate)] = []
+    /// For each block the lengths of its gaps and of its values, for `sparse`.
+    var sparse: [(gaps: Int, values: Int)] = []
+    /// For the lossy codecs.
+    var group: Int?
+    var error: Double?
+  }
+
+  /// A codec and the way in which each stream's frames are compressed.
+  struct Choice: Sendable {
+    var codec: Codec
+    var modes: [ZstdFrame.Mode]
+    /// Bytes that the sample takes.
+    var cost: Int
+  }
+
+  /// Another tensor that one could be a difference from.
+  struct Candidate: Sendable {
+    let tensor: TensorInfo
+    let source: any TensorSource
+    /// Its position among the tensors of the bundle, unless it is the base's.
+    let position: Int?
+    /// The checksum of a base's tensor, once it is known to be of use.
     var checksum: UInt64 = 0
   }
 
@@ -11,98 +36,179 @@ extension Bundle {
   final class Survey {
     private let encoder = FrameEncoder()
     private let sample = PinnedBytes(count: sampleCount * 8)
-    private let stream = PinnedBytes(count: sampleCount * 8)
+    private let other = PinnedBytes(count: sampleCount * 8)
+    private let octets = PinnedBytes(count: Gaps.largest(sampleCount * 8))
+    private let values = PinnedBytes(count: sampleCount * 8)
     private let frame = PinnedBytes(count: ZstdFrame.largest)
-    private let piece = PinnedBytes(count: 1 << 20)
+    private lazy var block = PinnedBytes(count: 8 * Codec.blockCount)
+    private lazy var blockValues = PinnedBytes(count: 8 * Codec.blockCount)
+    private lazy var blockGaps = PinnedBytes(count: Gaps.largest(Codec.blockCount))
+    private lazy var groups = GroupReader()
 
     /// Elements that are tried, in pieces from all over the tensor.
     private static let sampleCount = 1 << 16
     private static let samplePieces = 16
+  }
+}
 
-    /// Reads the whole tensor once.
-    func look(at tensor: TensorInfo, of source: any TensorSource) throws(CheckpointError) -> Finding
-    {
-      var best = Finding()
-      var leastCost = Int.max
-      let sampleSize = try readSample(of: tensor, source)
-      for codec in Codec.allCases where codec.suits(tensor.dtype) {
-        let (cost, modes) = tryOut(codec, on: tensor.dtype, sampleSize)
-        // Simpler codecs come first and stay unless another gains a hundredth.
-        if leastCost == .max || cost < leastCost - leastCost / 100 {
-          leastCost = cost
-          best.codec = codec
-          best.modes = modes
+extension Bundle.Survey {
+  func look(
+    at tensor: TensorInfo, of source: any TensorSource, _ candidates: [Bundle.Candidate],
+    lossy: Codec?
+  ) throws(CheckpointError) -> Bundle.Finding {
+    if let lossy, let finding = try quantise(tensor, source, lossy) { return finding }
+    var finding = Bundle.Finding()
+    let size = try readSample(of: tensor, source, into: sample)
+    finding.own.cost = .max
+    for codec in [Codec.raw, .planes, .sparse] where codec.suits(tensor.dtype) {
+      let choice = tryOut(codec, tensor.dtype, size)
+      // Simpler codecs come first and stay unless another gains a hundredth.
+      guard finding.own.cost == .max || gains(choice, over: finding.own) else { continue }
+      if codec == .sparse {
+        guard let counts = try countSparse(tensor, source) else { continue }
+        finding.sparse = counts
+      }
+      finding.own = choice
+    }
+    for var candidate in candidates {
+      var isOfUse = false
+      _ = try readSample(of: candidate.tensor, candidate.source, into: other)
+      for codec in [Codec.ulp, .xor] where codec.suits(tensor.dtype) {
+        let choice = tryOut(codec, tensor.dtype, size)
+        guard gains(choice, over: finding.own) else { continue }
+        if !isOfUse && candidate.position == nil {
+          candidate.checksum = try candidate.source.checksum(of: candidate.tensor)
         }
+        isOfUse = true
+        finding.differences.append((choice, candidate))
       }
-      best.checksum = try checksum(of: tensor, source)
-      return best
     }
+    finding.differences.sort { $0.choice.cost < $1.choice.cost }
+    finding.checksum = try source.checksum(of: tensor)
+    return finding
+  }
 
-    private func checksum(of tensor: TensorInfo, _ source: any TensorSource)
-      throws(CheckpointError) -> UInt64
-    {
-      let checksum = Checksum()
-      for begin in stride(from: 0, to: tensor.byteCount, by: piece.bytes.count) {
-        let count = min(piece.bytes.count, tensor.byteCount - begin)
-        try source.read(tensor, at: begin, into: piece.part(0..<count))
-        checksum.update(piece.first(count))
-      }
-      return checksum.value
-    }
+  private func gains(_ choice: Bundle.Choice, over other: Bundle.Choice) -> Bool {
+    choice.cost < other.cost - other.cost / 100
+  }
 
-    /// - Returns: the bytes of the sample.
-    private func readSample(of tensor: TensorInfo, _ source: any TensorSource)
-      throws(CheckpointError) -> Int
-    {
-      let width = max(tensor.dtype.byteWidth, 1)
-      let whole = min(tensor.byteCount, Self.sampleCount * width)
-      guard tensor.byteCount > whole else {
-        try source.read(tensor, at: 0, into: sample.part(0..<whole))
-        return whole
-      }
-      let size = whole / Self.samplePieces
-      // The pieces lie evenly, the first at the start and the last at the end.
-      let last = (tensor.byteCount - size) / width
-      for index in 0..<Self.samplePieces {
-        let offset = last / (Self.samplePieces - 1) * index * width
-        try source.read(tensor, at: offset, into: sample.part(index * size..<(index + 1) * size))
-      }
+  /// - Returns: the bytes of the sample.
+  private func readSample(
+    of tensor: TensorInfo, _ source: any TensorSource, into sample: PinnedBytes
+  ) throws(CheckpointError) -> Int {
+    let width = tensor.dtype.byteWidth
+    let whole = min(tensor.byteCount, Self.sampleCount * width)
+    guard tensor.byteCount > whole else {
+      try source.read(tensor, at: 0, into: sample.part(0..<whole))
       return whole
     }
+    let size = whole / Self.samplePieces
+    // The pieces lie evenly, the first at the start and the last at the end.
+    let last = (tensor.byteCount - size) / width
+    for index in 0..<Self.samplePieces {
+      let offset = last / (Self.samplePieces - 1) * index * width
+      try source.read(tensor, at: offset, into: sample.part(index * size..<(index + 1) * size))
+    }
+    return whole
+  }
 
-    /// What the sample takes when it is coded so, with the best mode for each stream.
-    private func tryOut(_ codec: Codec, on dtype: DType, _ sampleSize: Int)
-      -> (cost: Int, modes: [ZstdFrame.Mode])
-    {
-      switch codec {
-      case .raw:
-        let (cost, mode) = bestMode(for: sample.first(sampleSize))
-        return (cost, [mode])
-      case .planes:
-        let count = sampleSize / dtype.byteWidth
-        var total = 0
-        var modes: [ZstdFrame.Mode] = []
-        for plane in 0..<dtype.byteWidth {
-          Planes.extract(
-            plane, of: count, width: dtype.byteWidth, rotated: true,
-            from: UnsafeRawPointer(sample.start),
-            into: stream.start.assumingMemoryBound(to: UInt8.self))
-          let (cost, mode) = bestMode(for: stream.first(count))
-          total += cost
-          modes.append(mode)
-        }
-        return (total, modes)
+  /// What the sample takes when it is coded so, with the best mode for each stream.
+  private func tryOut(_ codec: Codec, _ dtype: DType, _ size: Int) -> Bundle.Choice {
+    let (width, count) = (dtype.byteWidth, size / dtype.byteWidth)
+    var choice = Bundle.Choice(codec: codec, modes: [], cost: 0)
+    func add(_ content: UnsafeRawBufferPointer) {
+      let (cost, mode) = bestMode(for: content)
+      choice.cost += cost
+      choice.modes.append(mode)
+    }
+    func addPlanes(of elements: PinnedBytes, _ count: Int, rotated: Bool) {
+      for plane in 0..<width {
+        Planes.extract(
+          plane, of: count, width: width, rotated: rotated,
+          from: UnsafeRawPointer(elements.start), into: octets.octets)
+        add(octets.first(count))
       }
     }
-
-    private func bestMode(for content: UnsafeRawBufferPointer) -> (cost: Int, ZstdFrame.Mode) {
-      let literals = encoder.encode(content, .literals, into: frame.bytes)
-      let matches = encoder.encode(content, .matches, into: frame.bytes)
-      // What is stored is unpacked at the speed of memory, so a few bytes are no reason.
-      if min(literals, matches) >= content.count - content.count / 200 {
-        return (content.count, .stored)
+    switch codec {
+    case .raw: add(sample.first(size))
+    case .planes: addPlanes(of: sample, count, rotated: true)
+    case .sparse:
+      let lengths = Gaps.write(
+        UnsafeRawPointer(sample.start), count: count, width: width, gaps: octets.octets,
+        values: values.start)
+      add(octets.first(lengths.gaps))
+      addPlanes(of: values, lengths.values, rotated: true)
+    case .ulp:
+      for plane in 0..<width {
+        Steps.difference(
+          plane, of: count, width: width, UnsafeRawPointer(sample.start),
+          from: UnsafeRawPointer(other.start), into: octets.octets)
+        add(octets.first(count))
       }
-      return literals <= matches + matches / 200 ? (literals, .literals) : (matches, .matches)
+    case .xor:
+      values.part(0..<size).copyMemory(from: sample.first(size))
+      exclusiveOr(values.start, with: UnsafeRawPointer(other.start), count: size)
+      addPlanes(of: values, count, rotated: false)
+    case .int8, .int4, .sign1: preconditionFailure("lossy codecs are not tried out")
     }
+    return choice
+  }
+
+  private func bestMode(for content: UnsafeRawBufferPointer) -> (cost: Int, ZstdFrame.Mode) {
+    let literals = encoder.encode(content, .literals, into: frame.bytes)
+    let matches = encoder.encode(content, .matches, into: frame.bytes)
+    // What is stored is unpacked at the speed of memory, so a few bytes are no reason.
+    if min(literals, matches) >= content.count - content.count / 200 {
+      return (content.count, .stored)
+    }
+    return literals <= matches + matches / 200 ? (literals, .literals) : (matches, .matches)
+  }
+
+  /// The lengths of every block's gaps and values, unless a block does not fit a frame.
+  private func countSparse(_ tensor: TensorInfo, _ source: any TensorSource)
+    throws(CheckpointError) -> [(gaps: Int, values: Int)]?
+  {
+    let width = tensor.dtype.byteWidth
+    var counts: [(gaps: Int, values: Int)] = []
+    for index in 0..<Codec.blocks(of: tensor) {
+      let begin = index * Codec.blockCount
+      let count = min(Codec.blockCount, tensor.elementCount - begin)
+      try source.read(tensor, at: begin * width, into: block.part(0..<count * width))
+      let lengths = Gaps.write(
+        UnsafeRawPointer(block.start), count: count, width: width, gaps: blockGaps.octets,
+        values: blockValues.start)
+      guard lengths.gaps <= ZstdFrame.contentSize else { return nil }
+      counts.append(lengths)
+    }
+    return counts
+  }
+
+  /// What lossy coding makes of the tensor, unless it cannot be coded so.
+  private func quantise(_ tensor: TensorInfo, _ source: any TensorSource, _ codec: Codec)
+    throws(CheckpointError) -> Bundle.Finding?
+  {
+    guard codec.suits(tensor.dtype), let group = Quantisation.group(of: tensor, codec),
+      group <= Codec.blockCount
+    else { return nil }
+    let checksum = Checksum()
+    var (errors, squares) = (0.0, 0.0)
+    var isFinite = true
+    try groups.forEachGroup(of: tensor, source, size: group, in: 0..<tensor.elementCount) {
+      (index, values) in
+      let scale = Quantisation.scale(of: values, codec)
+      isFinite = isFinite && scale.isFinite
+      guard isFinite else { return }
+      let result = groups.lossy(values, codec, scale, tensor.dtype)
+      checksum.update(result.bytes)
+      for (value, approximation) in zip(values, result.values) {
+        errors += Double(value - approximation) * Double(value - approximation)
+        squares += Double(value) * Double(value)
+      }
+    }
+    guard isFinite else { return nil }
+    let modes: [ZstdFrame.Mode] = [codec == .sign1 ? .stored : .literals, .stored]
+    return Bundle.Finding(
+      checksum: checksum.value, own: Bundle.Choice(codec: codec, modes: modes, cost: 0),
+      group: group, error: squares == 0 ? 0 : (errors / squares).squareRoot())
   }
 }

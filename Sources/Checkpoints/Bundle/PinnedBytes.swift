@@ -8,6 +8,8 @@ final class PinnedBytes {
 
   var start: UnsafeMutableRawPointer { bytes.baseAddress! }
 
+  var octets: UnsafeMutablePointer<UInt8> { start.assumingMemoryBound(to: UInt8.self) }
+
   func first(_ count: Int) -> UnsafeRawBufferPointer {
     UnsafeRawBufferPointer(rebasing: bytes[..<count])
   }
@@ -25,6 +27,20 @@ extension TensorSource {
     guard !bytes.isEmpty else { return }
     var span = MutableRawSpan(_unsafeBytes: bytes)
     try read(tensor, at: offset, into: &span)
+  }
+}
+
+extension TensorSource {
+  /// The XXH3 of a whole tensor.
+  func checksum(of tensor: TensorInfo) throws(CheckpointError) -> UInt64 {
+    let piece = PinnedBytes(count: min(tensor.byteCount, 1 << 20))
+    let checksum = Checksum()
+    for begin in stride(from: 0, to: tensor.byteCount, by: 1 << 20) {
+      let count = min(1 << 20, tensor.byteCount - begin)
+      try read(tensor, at: begin, into: piece.part(0..<count))
+      checksum.update(piece.first(count))
+    }
+    return checksum.value
   }
 }
 

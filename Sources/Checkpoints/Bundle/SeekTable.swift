@@ -65,7 +65,7 @@ struct SeekTable: Sendable {
     }
     for frame in 0..<count {
       let (frameSize, content) = (Int(word(table, 8 + 8 * frame)), Int(word(table, 12 + 8 * frame)))
-      guard (1...ZstdFrame.contentSize).contains(content), frameSize <= ZstdFrame.largest else {
+      guard content <= ZstdFrame.contentSize, frameSize <= ZstdFrame.largest else {
         throw malformed("has a seek table with a frame of \(frameSize) bytes for \(content)")
       }
       append(frame: frameSize, content: content)

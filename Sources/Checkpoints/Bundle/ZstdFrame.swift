@@ -109,7 +109,9 @@ struct FrameDecoder: ~Copyable {
     _ frame: UnsafeRawBufferPointer, into content: UnsafeMutableRawBufferPointer
   ) -> String? {
     // The descriptor: a checksum, no dictionary, the two reserved bits 0.
-    guard frame.count > 5, frame[4] & 0b1_1111 == 0b100 else {
+    guard frame.count > 8, frame.starts(with: [0x28, 0xB5, 0x2F, 0xFD]),
+      frame[4] & 0b1_1111 == 0b100
+    else {
       return "has a frame without a checksum or of an unknown kind"
     }
     guard ZSTD_getFrameContentSize(frame.baseAddress, frame.count) == UInt64(content.count) else {

@@ -37,6 +37,17 @@ public struct File: ~Copyable, Sendable {
     self.init(path: path, descriptor: descriptor)
   }
 
+  /// Opens for reading and writing a new file in the folder of `path`, which has no name and
+  /// goes when it is closed.
+  init(temporaryBeside path: String) throws(CheckpointError) {
+    var name = Array("\(path).XXXXXX".utf8CString)
+    let descriptor = retrying { mkstemp(&name) }
+    guard descriptor >= 0 else { throw .system(path, "cannot have a temporary file beside it") }
+    _ = fcntl(descriptor, F_SETFD, FD_CLOEXEC)
+    unlink(name)
+    self.init(path: path, descriptor: descriptor)
+  }
+
   /// Opens for reading and writing a file that exists.
   init(updating path: String) throws(CheckpointError) {
     let descriptor = retrying { Glibc.open(path, O_RDWR | O_CLOEXEC) }

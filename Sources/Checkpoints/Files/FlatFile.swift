@@ -8,10 +8,16 @@ final class FlatSource: TensorSource {
   /// Where each tensor of the manifest begins in the file.
   private let offsets: [Int]
   private let file: MappedFile
+  /// The checksums of the manifest's tensors, if the file records them.
+  private let checksums: TensorChecksums?
 
   /// - Precondition: every tensor lies within the file; the format has checked it.
-  init(_ file: MappedFile, _ manifest: Manifest, offsets: [Int]) {
+  init(
+    _ file: MappedFile, _ manifest: Manifest, offsets: [Int], checksums: TensorChecksums? = nil
+  ) {
     precondition(offsets.count == manifest.tensors.count)
+    precondition(checksums.map { $0.count == offsets.count } ?? true)
+    self.checksums = checksums
     self.path = file.path
     self.manifest = manifest
     self.offsets = offsets
@@ -24,40 +30,65 @@ final class FlatSource: TensorSource {
     precondition(offset >= 0 && offset + buffer.byteCount <= tensor.byteCount)
     try file.read(at: offsets[manifest.position(of: tensor.name)!] + offset, into: &buffer)
   }
+
+  func recordedChecksum(of tensor: TensorInfo) -> TensorChecksum? {
+    checksums?[manifest.position(of: tensor.name)!]
+  }
 }
 
 /// Tensors that become byte ranges of one file, whose layout is known before the data: pieces
 /// go to their final place in any order.
 final class FlatSink: TensorSink {
+  /// Puts the checksums of the manifest's tensors into the finished file.
+  typealias Seal = @Sendable (borrowing File, TensorChecksums) throws(CheckpointError) -> Void
+
   let manifest: Manifest
   private let offsets: [Int]
   private let pending: PendingFile
   private let file: File
   private let remaining: Atomic<Int>
+  private let recorder: ChecksumRecorder?
+  private let seal: Seal
 
   /// Takes over a pending file whose header is already written.
-  init(_ pending: PendingFile, _ manifest: Manifest, offsets: [Int]) throws(CheckpointError) {
+  /// - Parameter checksums: what to hash the tensors with on their way, for `seal`.
+  init(
+    _ pending: PendingFile, _ manifest: Manifest, offsets: [Int],
+    checksums: TensorChecksum.Algorithm? = nil,
+    seal: @escaping Seal = { (_, _) throws(CheckpointError) in }
+  ) throws(CheckpointError) {
     self.pending = pending
     self.manifest = manifest
     self.offsets = offsets
     self.file = try pending.open()
     self.remaining = Atomic(manifest.byteCount)
+    self.recorder = checksums.map { ChecksumRecorder(manifest.tensors, $0) }
+    self.seal = seal
   }
 
   func write(_ bytes: RawSpan, of tensor: TensorInfo, at offset: Int) throws(CheckpointError) {
     precondition(offset >= 0 && offset + bytes.byteCount <= tensor.byteCount)
-    let start = offsets[manifest.position(of: tensor.name)!] + offset
+    let position = manifest.position(of: tensor.name)!
+    let start = offsets[position] + offset
     do { try file.write(bytes, at: start) } catch {
       throw CheckpointError(
         file: pending.destination, tensor: tensor.name, error.problem, remedy: error.remedy)
     }
     // Flushing as we go keeps dirty pages few; the fsync at the end then has little to do.
     file.startFlush(at: start, count: bytes.byteCount)
+    recorder?.add(bytes, ofTensorAt: position, from: offset)
     remaining.wrappingSubtract(bytes.byteCount, ordering: .relaxed)
   }
 
   func finish() throws(CheckpointError) {
     precondition(remaining.load(ordering: .relaxed) == 0, "a tensor was not wholly written")
+    if let recorder {
+      let checksums = try recorder.finish {
+        (tensor, offset, buffer) throws(CheckpointError) in
+        try file.read(at: offsets[manifest.position(of: tensor.name)!] + offset, into: &buffer)
+      }
+      try seal(file, checksums)
+    }
     try pending.commit()
   }
 }

@@ -7,13 +7,18 @@ final class MappedFile: @unchecked Sendable {
   private let file: File
   private let base: UnsafeMutableRawPointer?
 
-  init(_ path: String) throws(CheckpointError) {
-    file = try File(reading: path)
+  convenience init(_ path: String) throws(CheckpointError) {
+    try self.init(File(reading: path), path: path)
+  }
+
+  /// - Parameter path: what the file is called in errors.
+  init(_ file: consuming File, path: String) throws(CheckpointError) {
+    self.file = file
     self.path = path
-    size = try file.size()
+    size = try self.file.size()
     // An empty file cannot be mapped; there is nothing in it to read either.
     guard size > 0 else { base = nil; return }
-    let address = mmap(nil, size, PROT_READ, MAP_PRIVATE, file.descriptor, 0)
+    let address = mmap(nil, size, PROT_READ, MAP_PRIVATE, self.file.descriptor, 0)
     guard let address, address != MAP_FAILED else { throw .system(path, "cannot be mapped") }
     base = address
   }
@@ -37,6 +42,58 @@ final class MappedFile: @unchecked Sendable {
       $0.copyMemory(from: UnsafeRawBufferPointer(start: base! + offset, count: count))
     }
     madvise(start, length, Int32(MADV_DONTNEED))
+  }
+
+  /// Copies part of a strided tensor out of the mapping, its elements in row-major order.
+  ///
+  /// What the part reaches over is resident meanwhile: for a transposed matrix all of it.
+  /// - Precondition: every element lies within the file.
+  func gather(
+    from start: Int, shape: [Int], strides: [Int], width: Int, at offset: Int,
+    into buffer: inout MutableRawSpan
+  ) throws(CheckpointError) {
+    precondition(offset.isMultiple(of: width) && buffer.byteCount.isMultiple(of: width))
+    guard buffer.byteCount > 0, let base else { return }
+    let reach = zip(shape, strides).reduce(1) { $0 + ($1.0 - 1) * $1.1 } * width
+    precondition(start >= 0 && start + reach <= size)
+    let page = Int(getpagesize())
+    let pages = base + start / page * page
+    let length = start % page + reach
+    guard retrying({ madvise(pages, length, Int32(MADV_POPULATE_READ)) }) == 0 || errno == EINVAL
+    else { throw .system(path, "cannot be read at byte \(start)") }
+    // The index of the first element, digit by digit, and its place.
+    var index = shape
+    var rest = offset / width
+    for axis in shape.indices.reversed() {
+      index[axis] = rest % shape[axis]
+      rest /= shape[axis]
+    }
+    var place = base + start + zip(index, strides).reduce(0) { $0 + $1.0 * $1.1 } * width
+    buffer.withUnsafeMutableBytes { target in
+      for done in stride(from: 0, to: target.count, by: width) {
+        (target.baseAddress! + done).copyMemory(from: place, byteCount: width)
+        // The next index: the last digit counts up, and what overflows carries to the left.
+        var axis = shape.count - 1
+        while axis >= 0 {
+          index[axis] += 1
+          place += strides[axis] * width
+          if index[axis] < shape[axis] { break }
+          place -= shape[axis] * strides[axis] * width
+          index[axis] = 0
+          axis -= 1
+        }
+      }
+    }
+    madvise(pages, length, Int32(MADV_DONTNEED))
+  }
+
+  /// A copy of some bytes; for headers, not for tensors.
+  func bytes(at offset: Int, count: Int) throws(CheckpointError) -> [UInt8] {
+    var bytes = [UInt8](repeating: 0, count: count)
+    var span = bytes.mutableSpan
+    var raw = span.mutableBytes
+    try read(at: offset, into: &raw)
+    return bytes
   }
 
   func dropCache(at offset: Int, count: Int) { file.dropCache(at: offset, count: count) }

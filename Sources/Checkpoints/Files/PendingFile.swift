@@ -29,7 +29,7 @@ final class PendingFile: Sendable {
       throw CheckpointError(
         file: destination, error.problem, remedy: error.remedy)
     }
-    PendingFile.unfinished.withLock { _ = $0.insert(temporaryPath) }
+    Unfinished.add(temporaryPath)
   }
 
   /// Opens the file for writing, under its temporary name.
@@ -41,32 +41,38 @@ final class PendingFile: Sendable {
       throw .system(destination, "cannot be put in place")
     }
     committed.store(true, ordering: .relaxed)
-    PendingFile.unfinished.withLock { _ = $0.remove(temporaryPath) }
-    try PendingFile.syncFolder(of: destination)
+    Unfinished.remove(temporaryPath)
+    try syncFolder(split(destination).folder)
   }
 
   deinit {
     guard !committed.load(ordering: .relaxed) else { return }
     unlink(temporaryPath)
-    PendingFile.unfinished.withLock { _ = $0.remove(temporaryPath) }
+    Unfinished.remove(temporaryPath)
   }
+}
 
-  private static func syncFolder(of path: String) throws(CheckpointError) {
-    let folder = split(path).folder
-    let descriptor = Glibc.open(folder, O_RDONLY | O_DIRECTORY | O_CLOEXEC)
-    guard descriptor >= 0 else { throw .system(folder, "cannot be opened") }
-    defer { close(descriptor) }
-    // Some file systems have no way to flush a folder and say so with EINVAL.
-    guard fsync(descriptor) == 0 || errno == EINVAL else {
-      throw .system(folder, "cannot be flushed to disk")
-    }
+/// Flushes what a folder says of its files to the disk.
+func syncFolder(_ folder: String) throws(CheckpointError) {
+  let descriptor = open(folder, O_RDONLY | O_DIRECTORY | O_CLOEXEC)
+  guard descriptor >= 0 else { throw .system(folder, "cannot be opened") }
+  defer { close(descriptor) }
+  // Some file systems have no way to flush a folder and say so with EINVAL.
+  guard fsync(descriptor) == 0 || errno == EINVAL else {
+    throw .system(folder, "cannot be flushed to disk")
   }
+}
 
-  private static let unfinished = Mutex<Set<String>>([])
+/// The temporary names of what is still being written.
+enum Unfinished {
+  private static let paths = Mutex<Set<String>>([])
+
+  static func add(_ path: String) { paths.withLock { _ = $0.insert(path) } }
+  static func remove(_ path: String) { paths.withLock { _ = $0.remove(path) } }
 
   /// Removes every file that is still being written; for a command that was told to stop.
   static func abandonAll() {
-    unfinished.withLock { paths in paths.forEach { unlink($0) } }
+    paths.withLock { paths in paths.forEach { unlink($0) == 0 ? () : removeFolder($0) } }
   }
 }
 
@@ -79,5 +85,5 @@ func split(_ path: String) -> (folder: String, name: String) {
 
 extension Checkpoint {
   /// Removes every output that is still being written. Call it before leaving on a signal.
-  public static func abandonUnfinishedOutputs() { PendingFile.abandonAll() }
+  public static func abandonUnfinishedOutputs() { Unfinished.abandonAll() }
 }

@@ -42,6 +42,17 @@ struct ChunkGrid: Equatable, Sendable {
     chunkByteCount = byteCount
   }
 
+  /// How many bytes of a chunk belong to the tensor.
+  func usedByteCount(of number: Int) -> Int {
+    var rest = number
+    var used = 1
+    for d in dimensions.indices.reversed() {
+      used *= min(chunk[d], dimensions[d] - rest % counts[d] * chunk[d])
+      rest /= counts[d]
+    }
+    return used
+  }
+
   /// A stretch of bytes that lie together both in a chunk and in the tensor.
   struct Run: Equatable {
     let startInChunk: Int

@@ -16,8 +16,13 @@ public enum HDF5: CheckpointFormat {
 
   public struct Options: Sendable {
     public var layout: Layout
+    /// Without, tensors lie in the file as they are.
+    public var compression: Compression?
 
-    public init(layout: Layout = .flat) { self.layout = layout }
+    public init(layout: Layout = .flat, compression: Compression? = nil) {
+      self.layout = layout
+      self.compression = compression
+    }
   }
 
   public static func recognises(_ beginning: [UInt8]) -> Bool {
@@ -25,8 +30,15 @@ public enum HDF5: CheckpointFormat {
   }
 
   public static func open(_ path: String) throws(CheckpointError) -> any TensorSource {
+    try source(inventory(path), path)
+  }
+
+  /// The tensors that an inventory names, once it has been proven right.
+  static func source(_ inventory: Inventory, _ path: String) throws(CheckpointError)
+    -> any TensorSource
+  {
     let file = try MappedFile(path)
-    let contents = try Contents(proving: Inventory(reading: path), of: file)
+    let contents = try Contents(proving: inventory, of: file)
     if let offsets = contents.offsets {
       return FlatSource(file, contents.manifest, offsets: offsets)
     }
@@ -39,38 +51,51 @@ public enum HDF5: CheckpointFormat {
     try create(path, manifest, Options())
   }
 
+  public static func write(
+    _ source: any TensorSource, to path: String, _ options: Options, workers: Int
+  ) throws {
+    let sink = try create(path, source.manifest, options)
+    try source.copy(into: sink, workers: workers)
+    try sink.finish()
+  }
+
   public static func create(_ path: String, _ manifest: Manifest, _ options: Options)
     throws(CheckpointError) -> any TensorSink
   {
     let pending = try PendingFile(for: path)
-    let offsets: [Int]
+    let paths = paths(for: manifest.tensors.map { $0.name }, layout: options.layout)
     do {
-      offsets = try HDF5Library.withLock { () throws(HDF5Failure) in
-        try layOut(manifest, options, at: pending.temporaryPath)
+      let offsets = try layOut(manifest, at: paths, in: pending, options.compression)
+      if let compression = options.compression {
+        return try HDF5ChunkedSink(pending, manifest, compression, paths, offsets: offsets)
       }
-    } catch { throw error.error(file: path) }
-    do {
       let file = try pending.open()
       try file.preallocate(file.size())
-    } catch { throw CheckpointError(file: path, error.problem, remedy: error.remedy) }
-    return try FlatSink(pending, manifest, offsets: offsets)
+      return try FlatSink(pending, manifest, offsets: offsets.map { $0! })
+    } catch {
+      throw CheckpointError(
+        file: path, tensor: error.tensor, error.problem, remedy: error.remedy)
+    }
   }
 
   /// Makes a file that lacks only the tensors' bytes.
-  /// - Returns: where in the file the bytes of each tensor belong.
-  private static func layOut(_ manifest: Manifest, _ options: Options, at path: String)
-    throws(HDF5Failure) -> [Int]
-  {
-    var writer = try HDF5Writer(path)
-    try writer.writeMetadata(of: manifest)
-    let places = paths(for: manifest.tensors.map { $0.name }, layout: options.layout)
-    var offsets: [Int] = []
-    for (tensor, place) in zip(manifest.tensors, places) {
-      do { offsets.append(try writer.add(tensor, at: place)) } catch {
-        throw error.of(tensor.name)
+  /// - Returns: where in the file the bytes of each tensor belong; nil for those in chunks.
+  private static func layOut(
+    _ manifest: Manifest, at paths: [String], in pending: PendingFile, _ compression: Compression?
+  ) throws(CheckpointError) -> [Int?] {
+    do throws(HDF5Failure) {
+      return try HDF5Library.withLock { () throws(HDF5Failure) in
+        var writer = try HDF5Writer(pending.temporaryPath)
+        try writer.writeMetadata(of: manifest)
+        var offsets: [Int?] = []
+        for (tensor, path) in zip(manifest.tensors, paths) {
+          do throws(HDF5Failure) {
+            offsets.append(try writer.add(tensor, at: path, compression))
+          } catch { throw error.of(tensor.name) }
+        }
+        try writer.close()
+        return offsets
       }
-    }
-    try writer.close()
-    return offsets
+    } catch { throw error.error(file: pending.destination) }
   }
 }

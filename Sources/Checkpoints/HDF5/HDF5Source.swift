@@ -6,6 +6,7 @@ final class HDF5Source: TensorSource {
   private let contents: HDF5.Contents
   private let file: File
   private let recent = Mutex(RecentChunks())
+  private let idle = Mutex<[ChunkDecoder]>([])
 
   init(_ path: String, _ contents: HDF5.Contents) throws(CheckpointError) {
     self.path = path
@@ -26,36 +27,43 @@ final class HDF5Source: TensorSource {
     case .inline(let bytes):
       buffer.withUnsafeMutableBytes { $0.copyBytes(from: bytes[offset..<offset + count]) }
     case .chunks(let grid, let filters, let chunks):
+      let decoder = idle.withLock { $0.popLast() } ?? ChunkDecoder()
+      defer { idle.withLock { $0.append(decoder) } }
       for (number, runs) in grid.runs(in: offset..<offset + count) {
-        let content = try content(of: chunks[number], grid, filters, tensor, position)
-        // Pointers, because there may be thousands of short runs; the grid's runs lie within
-        // the chunk and the range.
-        buffer.withUnsafeMutableBytes { buffer in
-          content.withUnsafeBytes { content in
-            for run in runs {
-              (buffer.baseAddress! + run.startInRange).copyMemory(
-                from: content.baseAddress! + run.startInChunk, byteCount: run.count)
-            }
-          }
+        let key = RecentChunks.Key(tensor: position, chunk: number)
+        if let content = recent.withLock({ $0[key] }) {
+          content.withUnsafeBytes { copy(runs, from: $0, into: &buffer) }
+          continue
+        }
+        let content: UnsafeRawBufferPointer
+        do {
+          content = try decoder.content(
+            of: chunks[number], in: file, filters, byteCount: grid.chunkByteCount)
+        } catch {
+          throw CheckpointError(
+            file: path, tensor: tensor.name, error.problem, remedy: error.remedy)
+        }
+        copy(runs, from: content, into: &buffer)
+        // A neighbouring range will want the rest.
+        if runs.reduce(0, { $0 + $1.count }) < grid.usedByteCount(of: number) {
+          recent.withLock { $0.keep(content, as: key) }
         }
       }
     }
   }
 
-  private func content(
-    of chunk: HDF5.Chunk, _ grid: ChunkGrid, _ filters: [HDF5.Filter], _ tensor: TensorInfo,
-    _ position: Int
-  ) throws(CheckpointError) -> [UInt8] {
-    let key = RecentChunks.Key(tensor: position, chunk: chunk.number)
-    if let content = recent.withLock({ $0[key] }) { return content }
-    let stored = try file.bytes(at: chunk.offset, count: chunk.byteCount)
-    let content: [UInt8]
-    do {
-      content = try filters.undo(
-        stored, skipping: chunk.skippedFilters, byteCount: grid.chunkByteCount)
-    } catch { throw error.of(tensor.name).error(file: path) }
-    recent.withLock { $0.keep(content, as: key) }
-    return content
+  private func copy(
+    _ runs: [ChunkGrid.Run], from content: UnsafeRawBufferPointer,
+    into buffer: inout MutableRawSpan
+  ) {
+    // Pointers, because there may be thousands of short runs; the grid's runs lie within the
+    // chunk and the range.
+    buffer.withUnsafeMutableBytes { buffer in
+      for run in runs {
+        (buffer.baseAddress! + run.startInRange).copyMemory(
+          from: content.baseAddress! + run.startInChunk, byteCount: run.count)
+      }
+    }
   }
 }
 
@@ -74,12 +82,12 @@ private struct RecentChunks {
 
   subscript(key: Key) -> [UInt8]? { contents[key] }
 
-  mutating func keep(_ content: [UInt8], as key: Key) {
+  mutating func keep(_ content: UnsafeRawBufferPointer, as key: Key) {
     guard content.count <= RecentChunks.capacity, contents[key] == nil else { return }
     while byteCount + content.count > RecentChunks.capacity {
       byteCount -= contents.removeValue(forKey: order.removeFirst())!.count
     }
-    contents[key] = content
+    contents[key] = Array(content)
     order.append(key)
     byteCount += content.count
   }

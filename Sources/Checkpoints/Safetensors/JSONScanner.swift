@@ -18,8 +18,14 @@ struct JSONScanner {
     self.subject = subject
   }
 
-  func failure(_ problem: String, tensor: String? = nil) -> CheckpointError {
-    CheckpointError(file: file, tensor: tensor, problem)
+  func failure(_ problem: String, tensor: String? = nil, remedy: String? = nil) -> CheckpointError {
+    CheckpointError(file: file, tensor: tensor, problem, remedy: remedy)
+  }
+
+  /// The text from a position to the present one.
+  func text(from start: Int) -> String {
+    let text = String(decoding: bytes[start..<position], as: UTF8.self)
+    return String(text.drop { $0.isWhitespace })
   }
 
   /// The next byte that is not white space, without taking it.

@@ -18,13 +18,24 @@ public enum Safetensors: CheckpointFormat {
     let file = try MappedFile(path)
     let header = try readHeader(path)
     let layout = try Layout(parsing: header, fileSize: file.size, path: path)
-    return FlatSource(file, layout.manifest, offsets: layout.offsets)
+    return FlatSource(
+      file, layout.manifest, offsets: layout.offsets, checksums: layout.checksums?.values)
   }
 
   public static func create(_ path: String, _ manifest: Manifest) throws(CheckpointError)
     -> any TensorSink
   {
-    let layout = try Layout(writing: manifest, path: path)
+    try create(path, manifest, checksums: .xxh3)
+  }
+
+  /// Begins a file that records the checksums of its tensors, if it is to.
+  ///
+  /// A manifest's own header is kept as it is; if it has checksums, they become those of the
+  /// tensors that are written: the same tensors give the same file.
+  public static func create(
+    _ path: String, _ manifest: Manifest, checksums: TensorChecksum.Algorithm?
+  ) throws(CheckpointError) -> any TensorSink {
+    let layout = try Layout(writing: manifest, checksums: checksums, path: path)
     let pending = try PendingFile(for: path)
     let file = try pending.open()
     do {
@@ -33,7 +44,13 @@ public enum Safetensors: CheckpointFormat {
     } catch {
       throw CheckpointError(file: path, error.problem, remedy: error.remedy)
     }
-    return try FlatSink(pending, layout.manifest, offsets: layout.offsets)
+    return try FlatSink(
+      pending, layout.manifest, offsets: layout.offsets,
+      checksums: layout.checksums?.values.algorithm
+    ) { (file, checksums) throws(CheckpointError) in
+      let text = ChecksumText(checksums, at: layout.checksums!.offset)
+      try file.write(text.bytes.span.bytes, at: text.offset)
+    }
   }
 
   /// The header's bytes, without the length in front.

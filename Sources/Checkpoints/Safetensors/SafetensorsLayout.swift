@@ -5,6 +5,9 @@ extension Safetensors {
     /// Where each tensor of the manifest begins in the file.
     let offsets: [Int]
 
+    /// Where in the file the checksums of the manifest's tensors stand, if it has them.
+    let checksums: ChecksumText?
+
     private var header: [UInt8] { manifest.safetensorsHeader! }  // Every layout has one.
 
     /// The length and the header: all bytes before the tensors.
@@ -27,7 +30,7 @@ extension Safetensors.Layout {
 
   /// - Throws: what is wrong with the header, by name.
   init(parsing header: [UInt8], fileSize: Int, path: String) throws(CheckpointError) {
-    let (entries, metadata) = try Self.parse(header, path: path)
+    let (entries, metadata, checksums) = try Self.parse(header, path: path)
     let dataStart = 8 + header.count
     manifest = try Manifest(proving: entries.map { $0.tensor }, metadata, header) {
       CheckpointError(file: path, tensor: $0.name, "the header names it twice")
@@ -39,19 +42,21 @@ extension Safetensors.Layout {
         remedy: "they belong to nothing: the header or the file is damaged")
     }
     offsets = entries.map { dataStart + $0.begin }
+    self.checksums = checksums
   }
 
   /// The entries in the order of their bytes, and the metadata.
   private static func parse(_ header: [UInt8], path: String) throws(CheckpointError)
-    -> ([Entry], [String: String])
+    -> ([Entry], [String: String], ChecksumText?)
   {
     var entries: [Entry] = []
     var metadata: [String: String]?
+    var checksums: ChecksumText?
     var scanner = JSONScanner(header, file: path)
     try scanner.object("as the header") { (scanner, name) throws(CheckpointError) in
       if name == "__metadata__" {
         guard metadata == nil else { throw scanner.failure("the header has two __metadata__") }
-        metadata = try parseMetadata(&scanner)
+        (metadata, checksums) = try parseMetadata(&scanner)
         return
       }
       entries.append(try parseEntry(&scanner, name))
@@ -59,18 +64,24 @@ extension Safetensors.Layout {
     try scanner.expectEnd()
     // Empty tensors sort before the tensor that begins where they lie.
     entries.sort { ($0.begin, $0.end) < ($1.begin, $1.end) }
-    return (entries, metadata ?? [:])
+    // Ours only if there is one for each tensor; else it is somebody's text.
+    if let text = checksums, text.values.count != entries.count {
+      metadata?[ChecksumText.key] = String(decoding: text.bytes, as: UTF8.self)
+      checksums = nil
+    }
+    return (entries, metadata ?? [:], checksums)
   }
 
   private static func parseMetadata(_ scanner: inout JSONScanner) throws(CheckpointError)
-    -> [String: String]
+    -> ([String: String], ChecksumText?)
   {
     var metadata: [String: String] = [:]
+    var checksums: ChecksumText?
     var keys = Set<ExactName>()
     // The reference reads null as no metadata.
     if scanner.peek() == UInt8(ascii: "n") {
       try scanner.skipValue("as __metadata__")
-      return metadata
+      return (metadata, nil)
     }
     try scanner.object("as __metadata__") { (scanner, key) throws(CheckpointError) in
       guard keys.insert(ExactName(key)).inserted else {
@@ -83,9 +94,17 @@ extension Safetensors.Layout {
       guard scanner.peek() == UInt8(ascii: "\"") else {
         throw scanner.failure("__metadata__ has a value for \(quoted(key)) that is not a string")
       }
-      metadata[key] = try scanner.string("in __metadata__")
+      let start = scanner.position
+      let value = try scanner.string("in __metadata__")
+      if key == ChecksumText.key, let text = ChecksumText(value, at: 8 + start + 1),
+        text.bytes.count == scanner.position - start - 2  // Nothing in it is escaped.
+      {
+        checksums = text
+      } else {
+        metadata[key] = value
+      }
     }
-    return metadata
+    return (metadata, checksums)
   }
 
   private static func parseEntry(_ scanner: inout JSONScanner, _ name: String)
@@ -187,6 +206,53 @@ extension Safetensors.Layout {
   }
 }
 
+/// The checksums of a file's tensors as one of its metadata: the algorithm, then a space and
+/// the hexadecimal digits for each tensor in the order of the data.
+struct ChecksumText: Sendable {
+  static let key = "checksums"
+
+  let values: TensorChecksums
+  /// Where in the file the text begins.
+  let offset: Int
+
+  init(_ values: TensorChecksums, at offset: Int) {
+    self.values = values
+    self.offset = offset
+  }
+
+  /// - Returns: nil if the text is something else, whoever wrote it.
+  init?(_ text: String, at offset: Int) {
+    var fields = text.utf8.split(separator: UInt8(ascii: " "), omittingEmptySubsequences: false)
+    guard let name = String(fields.removeFirst()),
+      let algorithm = TensorChecksum.Algorithm(rawValue: name)
+    else { return nil }
+    var bytes: [UInt8] = []
+    for field in fields {
+      guard field.count == 2 * algorithm.width else { return nil }
+      var high: UInt8 = 0
+      for (index, digit) in field.enumerated() {
+        let value: UInt8
+        switch digit {
+        case UInt8(ascii: "0")...UInt8(ascii: "9"): value = digit - UInt8(ascii: "0")
+        case UInt8(ascii: "a")...UInt8(ascii: "f"): value = digit - UInt8(ascii: "a") + 10
+        default: return nil
+        }
+        if index.isMultiple(of: 2) { high = value << 4 } else { bytes.append(high | value) }
+      }
+    }
+    self.init(TensorChecksums(algorithm, bytes: bytes)!, at: offset)
+  }
+
+  /// The text: its length depends only on the algorithm and the number of tensors.
+  var bytes: [UInt8] {
+    (0..<values.count).reduce(into: Array(values.algorithm.rawValue.utf8)) { text, position in
+      let width = values.algorithm.width
+      text.append(UInt8(ascii: " "))
+      text += hexadecimal(values.bytes[position * width..<(position + 1) * width]).utf8
+    }
+  }
+}
+
 // MARK: - Writing
 
 extension Safetensors.Layout {
@@ -194,7 +260,9 @@ extension Safetensors.Layout {
   ///
   /// Wider types come first, as the reference writer has it, so that every tensor is aligned;
   /// within a width the manifest's order stays.
-  init(writing manifest: Manifest, path: String) throws(CheckpointError) {
+  init(
+    writing manifest: Manifest, checksums algorithm: TensorChecksum.Algorithm? = nil, path: String
+  ) throws(CheckpointError) {
     if let header = manifest.safetensorsHeader,
       let original = try? Safetensors.Layout(
         parsing: header, fileSize: 8 + header.count + manifest.byteCount, path: path),
@@ -207,10 +275,27 @@ extension Safetensors.Layout {
     let tensors = widths.flatMap { width in manifest.tensors.filter { $0.dtype.bitWidth == width } }
     var header = Array("{".utf8)
     func append(_ text: String) { header.append(contentsOf: text.utf8) }
-    if !manifest.metadata.isEmpty {
+    var metadata = manifest.metadata
+    if algorithm != nil {
+      metadata[ChecksumText.key] = nil
+      // transformers refuses a file that has metadata but does not say whose shapes these are.
+      if metadata["format"] == nil { metadata["format"] = "pt" }
+    }
+    var checksums: ChecksumText?
+    if !metadata.isEmpty {
       append("\"__metadata__\":{")
-      for (index, pair) in manifest.metadata.sorted(by: { $0.key < $1.key }).enumerated() {
-        append((index == 0 ? "" : ",") + jsonString(pair.key) + ":" + jsonString(pair.value))
+      if let algorithm {
+        append("\"\(ChecksumText.key)\":\"")
+        let unknown = [UInt8](repeating: 0, count: tensors.count * algorithm.width)
+        let text = ChecksumText(
+          TensorChecksums(algorithm, bytes: unknown)!, at: 8 + header.count)
+        header += text.bytes
+        append("\"")
+        checksums = text
+      }
+      for (key, value) in metadata.sorted(by: { $0.key < $1.key }) {
+        append((header.last == UInt8(ascii: "{") ? "" : ",") + jsonString(key) + ":")
+        append(jsonString(value))
       }
       append("}")
     }
@@ -238,7 +323,8 @@ extension Safetensors.Layout {
         remedy: "write HDF5 instead")
     }
     offsets = begins.map { [start = 8 + header.count] in start + $0 }
-    self.manifest = Manifest(tensors, metadata: manifest.metadata, safetensorsHeader: header)
+    self.manifest = Manifest(tensors, metadata: metadata, safetensorsHeader: header)
+    self.checksums = checksums
   }
 }
 

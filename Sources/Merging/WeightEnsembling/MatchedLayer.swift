@@ -7,7 +7,7 @@ struct MatchedLayer: Sendable {
   let experts: [MLPWeights]?
 
   /// How many rows of tokens go through the matrix products together.
-  private static let batch = 256
+  private static let batch = 512
 
   private var tokensPerSample: Int { tokens.rowCount / samples.tasks.count }
 
@@ -65,32 +65,36 @@ struct MatchedLayer: Sendable {
     return forms
   }
 
-  /// What a gate does on some of the samples.
-  func quality(of gate: Dense, _ rows: [Int]) -> OutputMatching.Quality {
-    quality(ofMixtures: gate(samples.features), rows)
+  /// What gates do on some of the samples.
+  func qualities(of gates: [Dense], _ rows: [Int]) -> [OutputMatching.Quality] {
+    qualities(ofMixtures: gates.map { $0(samples.features) }, rows)
   }
 
-  /// What mixtures, one a sample, do on some of the samples.
-  func quality(ofMixtures mixtures: Matrix<Float>, _ rows: [Int]) -> OutputMatching.Quality {
-    var (error, distance) = (0.0, 0.0)
+  /// What mixtures, one for each sample, do on some of the samples.
+  func qualities(ofMixtures mixtures: [Matrix<Float>], _ rows: [Int]) -> [OutputMatching.Quality] {
+    var errors = mixtures.map { _ in 0.0 }
+    var distance = 0.0
     for task in 0..<module.taskVectors.count {
       let expert = experts?[task] ?? module.expert(task)
       for batch in batches(rows.filter { samples.tasks[$0] == task }) {
         let inputs = tokens(of: batch)
-        let perToken = mixtures.rows(
-          batch.flatMap { repeatElement($0, count: tokensPerSample) })
         let wanted = expert(inputs, module.activation)
-        var outputs = module.outputs(inputs, mixtures: perToken)
         var base = module.base(inputs, module.activation)
-        outputs.subtract(wanted)
         base.subtract(wanted)
-        error += dotProduct(outputs.elements.span, outputs.elements.span)
         distance += dotProduct(base.elements.span, base.elements.span)
+        let tokenSamples = batch.flatMap { repeatElement($0, count: tokensPerSample) }
+        let outputs = module.outputs(inputs, mixtures: mixtures.map { $0.rows(tokenSamples) })
+        for (gate, var output) in outputs.enumerated() {
+          output.subtract(wanted)
+          errors[gate] += dotProduct(output.elements.span, output.elements.span)
+        }
       }
     }
-    return OutputMatching.Quality(
-      outputError: distance > 0 ? (error / distance).squareRoot() : 0,
-      routingAccuracy: Self.accuracy(of: mixtures, rows, samples.tasks))
+    return zip(mixtures, errors).map { mixtures, error in
+      OutputMatching.Quality(
+        outputError: distance > 0 ? (error / distance).squareRoot() : 0,
+        routingAccuracy: Self.accuracy(of: mixtures, rows, samples.tasks))
+    }
   }
 
   /// The share of some samples whose largest weight is their own task's.
@@ -108,24 +112,39 @@ extension WeightEnsemblingMLP {
   }
 
   /// The outputs for rows of tokens, each with a mixture of its own, without putting together
-  /// weights for every sample.
-  func outputs(_ tokens: Matrix<Float>, mixtures: Matrix<Float>) -> Matrix<Float> {
-    func mix(_ inputs: Matrix<Float>, _ part: KeyPath<MLPWeights, Dense>) -> Matrix<Float> {
-      var sum = base[keyPath: part](inputs)
-      for (expert, taskVector) in taskVectors.enumerated() {
-        let term = taskVector[keyPath: part](inputs)
-        for row in 0..<sum.rowCount {
-          let weight = mixtures[row, expert]
-          for column in 0..<sum.columnCount { sum[row, column] += weight * term[row, column] }
-        }
+  /// weights for every sample: one result for each choice of mixtures.
+  func outputs(_ tokens: Matrix<Float>, mixtures: [Matrix<Float>]) -> [Matrix<Float>] {
+    func mixed(_ map: (MLPWeights) -> Dense) -> [Matrix<Float>] {
+      var sums = Array(repeating: map(base)(tokens), count: mixtures.count)
+      for (task, taskVector) in taskVectors.enumerated() {
+        let term = map(taskVector)(tokens)
+        for index in sums.indices { sums[index].add(term, rowScales: mixtures[index], task) }
       }
-      return sum
+      return sums
     }
-    let first = mix(tokens, \.fc1)
-    guard base.gate != nil else { return mix(first.map { activation($0) }, \.fc2) }
-    var hidden = mix(tokens, \.gate!).map { activation($0) }
-    hidden.multiply(first)
-    return mix(hidden, \.fc2)
+    let sums = mixed { $0.fc1 }
+    let gates = base.gate == nil ? nil : mixed { $0.gate! }
+    return mixtures.enumerated().map { index, mixture in
+      var hidden = (gates ?? sums)[index].map { activation($0) }
+      if gates != nil { hidden.multiply(sums[index]) }
+      var output = base.fc2(hidden)
+      for (task, taskVector) in taskVectors.enumerated() {
+        output.add(taskVector.fc2(hidden), rowScales: mixture, task)
+      }
+      return output
+    }
+  }
+}
+
+extension Matrix where Scalar == Float {
+  /// Adds another matrix, each row as often as a column of `rowScales` says.
+  fileprivate mutating func add(_ other: Matrix, rowScales: Matrix, _ column: Int) {
+    for row in 0..<rowCount {
+      let scale = rowScales[row, column]
+      for index in row * columnCount..<(row + 1) * columnCount {
+        elements[index] += scale * other.elements[index]
+      }
+    }
   }
 }
 

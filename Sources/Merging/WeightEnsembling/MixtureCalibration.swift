@@ -255,7 +255,7 @@ extension MixtureCalibration {
     let split = try samples.split()
     let gate = trial ?? RouterCalibration(samples.subset(split.fitted)).gate
     let after =
-      layer?.quality(of: gate, split.held)
+      layer?.qualities(of: [gate], split.held)[0]
       ?? OutputMatching.Quality(
         outputError: .nan,
         routingAccuracy: MatchedLayer.accuracy(
@@ -278,7 +278,7 @@ extension MixtureCalibration {
         elements: Array(samples.features[row: row]))
       for (expert, weight) in router.mixture(mean).enumerated() { mixtures[row, expert] = weight }
     }
-    let before = layer?.quality(ofMixtures: mixtures, held)
+    let before = layer?.qualities(ofMixtures: [mixtures], held)[0]
     return LayerReport(
       module: module.prefix, ridge: ridge,
       routingAccuracy: (

@@ -64,14 +64,14 @@ public struct OutputMatching: Sendable {
       }
     }
 
-    before = layer.quality(of: start, split.held)
-    let matched = layer.quality(of: best.gate, split.held)
+    let qualities = layer.qualities(of: [start, best.gate], split.held)
+    before = qualities[0]
     let everything = RouterCalibration(samples, principal).gate
-    if best.ridge.isFinite, matched.outputError < before.outputError {
+    if best.ridge.isFinite, qualities[1].outputError < before.outputError {
       let path = GatePath(principal, forms, start: everything(samples.features))
       gate = everything + path.gate(path.solve(nil, relativeRidge: best.ridge, from: nil))
       ridge = best.ridge
-      after = matched
+      after = qualities[1]
     } else {
       gate = everything
       ridge = nil

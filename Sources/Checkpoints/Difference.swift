@@ -1,0 +1,166 @@
+import Glibc
+import Synchronization
+
+/// How two checkpoints differ.
+public struct CheckpointDifference: Sendable {
+  /// Tensors that only one of the two has.
+  public let onlyInFirst: [TensorInfo]
+  public let onlyInSecond: [TensorInfo]
+  /// The tensors that both have, in the order of the first.
+  public let common: [TensorDifference]
+
+  /// Whether both hold the same tensors, bit for bit; their order and metadata do not count.
+  public var isEmpty: Bool {
+    onlyInFirst.isEmpty && onlyInSecond.isEmpty && common.allSatisfy { $0.isIdentical }
+  }
+}
+
+/// How two tensors of one name differ.
+public struct TensorDifference: Sendable {
+  public let first: TensorInfo
+  public let second: TensorInfo
+  /// Whether type, shape and every bit are the same.
+  public let isIdentical: Bool
+  /// Nil unless both have the same shape and floating-point types of 16 bits or more.
+  public let numbers: Numbers?
+
+  /// The difference in numbers; NaN where a NaN or an infinity is in only one of the two.
+  public struct Numbers: Equatable, Sendable {
+    /// The largest |a − b|.
+    public let maximum: Double
+    /// ‖a − b‖ / ‖a‖; zero where both are the same.
+    public let relativeNorm: Double
+    /// The cosine of the angle between both; one where both are the same.
+    public let cosine: Double
+  }
+}
+
+extension Checkpoint {
+  /// Compares two checkpoints, of whatever formats, tensor by tensor.
+  ///
+  /// Memory is two pieces of a million elements a worker; the numbers are the same for every
+  /// number of workers, because sums are taken a piece at a time in order.
+  public static func difference(
+    _ first: any TensorSource, _ second: any TensorSource, workers: Int = 2
+  ) throws -> CheckpointDifference {
+    let pairs = first.manifest.tensors.compactMap { tensor in
+      second.manifest[tensor.name].map { (tensor, $0) }
+    }
+    // A step is a piece of a pair that can be compared: of one shape, and either of one type
+    // or of types that are numbers.
+    let compared = pairs.indices.filter { pair in
+      let (a, b) = pairs[pair]
+      return a.shape == b.shape
+        && (a.dtype == b.dtype || a.dtype.isArithmetic && b.dtype.isArithmetic)
+    }
+    let steps = compared.flatMap { pair in
+      stride(from: 0, to: pairs[pair].0.elementCount, by: 1 << 20).map { begin in
+        (pair: pair, elements: begin..<min(begin + 1 << 20, pairs[pair].0.elementCount))
+      }
+    }
+    let pieces = Mutex([PieceDifference](repeating: .init(), count: steps.count))
+    try forEachStep(count: steps.count, workers: workers) {
+      PairOfBuffers()
+    } body: { step, buffers in
+      let (a, b) = pairs[steps[step].pair]
+      let piece = try PieceDifference(
+        first, a, second, b, steps[step].elements, through: &buffers.left, &buffers.right)
+      pieces.withLock { $0[step] = piece }
+    }
+    var sums = [PieceDifference?](repeating: nil, count: pairs.count)
+    for pair in compared { sums[pair] = PieceDifference() }
+    for (step, piece) in zip(steps, pieces.withLock { $0 }) { sums[step.pair]!.add(piece) }
+    return CheckpointDifference(
+      onlyInFirst: first.manifest.tensors.filter { second.manifest[$0.name] == nil },
+      onlyInSecond: second.manifest.tensors.filter { first.manifest[$0.name] == nil },
+      common: zip(pairs, sums).map { pair, sum in
+        TensorDifference(
+          first: pair.0, second: pair.1,
+          isIdentical: pair.0.dtype == pair.1.dtype && sum?.isIdentical ?? false,
+          numbers: pair.0.dtype.isArithmetic && pair.1.dtype.isArithmetic ? sum?.numbers : nil)
+      })
+  }
+}
+
+/// What a worker reads into: a million elements of at most eight bytes of each tensor.
+private struct PairOfBuffers: ~Copyable {
+  var left = Buffer(byteCount: 8 << 20)
+  var right = Buffer(byteCount: 8 << 20)
+}
+
+/// The sums over some elements of two tensors from which their difference is told.
+private struct PieceDifference: Sendable {
+  var isIdentical = true
+  var maximum = 0.0
+  var squares = (first: 0.0, second: 0.0, difference: 0.0)
+  var product = 0.0
+
+  init() {}
+
+  /// Reads the same elements of both tensors. They begin at a multiple of eight, so at whole
+  /// bytes for every type.
+  init(
+    _ first: any TensorSource, _ a: TensorInfo, _ second: any TensorSource, _ b: TensorInfo,
+    _ elements: Range<Int>, through left: inout Buffer, _ right: inout Buffer
+  ) throws(CheckpointError) {
+    var leftBytes = left.first(elements.count * a.dtype.bitWidth / 8)
+    try first.read(a, at: elements.lowerBound * a.dtype.bitWidth / 8, into: &leftBytes)
+    var rightBytes = right.first(elements.count * b.dtype.bitWidth / 8)
+    try second.read(b, at: elements.lowerBound * b.dtype.bitWidth / 8, into: &rightBytes)
+    self.init(leftBytes.bytes, a.dtype, rightBytes.bytes, b.dtype, count: elements.count)
+  }
+
+  init(_ a: RawSpan, _ first: DType, _ b: RawSpan, _ second: DType, count: Int) {
+    isIdentical = a.withUnsafeBytes { a in
+      b.withUnsafeBytes { b in
+        a.count == b.count && (a.count == 0 || memcmp(a.baseAddress!, b.baseAddress!, a.count) == 0)
+      }
+    }
+    guard first.isArithmetic, second.isArithmetic else { return }
+    let (a, b) = (first.doubles(a, count: count), second.doubles(b, count: count))
+    for i in 0..<count {
+      let (x, y) = (a[i], b[i])
+      // Equal infinities, and NaN beside NaN, are no difference.
+      let difference = x == y || (x.isNaN && y.isNaN) ? 0 : abs(x - y)
+      // `max` would lose a NaN.
+      maximum = difference <= maximum ? maximum : maximum.isNaN ? maximum : difference
+      if difference == 0, !x.isFinite { continue }
+      squares.first += x * x
+      squares.second += y * y
+      squares.difference += difference * difference
+      product += x * y
+    }
+  }
+
+  mutating func add(_ other: PieceDifference) {
+    isIdentical = isIdentical && other.isIdentical
+    maximum = maximum.isNaN || other.maximum.isNaN ? .nan : max(maximum, other.maximum)
+    squares.first += other.squares.first
+    squares.second += other.squares.second
+    squares.difference += other.squares.difference
+    product += other.product
+  }
+
+  var numbers: TensorDifference.Numbers {
+    let isSame = maximum == 0
+    return .init(
+      maximum: maximum,
+      relativeNorm: isSame ? 0 : (squares.difference / squares.first).squareRoot(),
+      cosine: isSame ? 1 : product / (squares.first.squareRoot() * squares.second.squareRoot()))
+  }
+}
+
+extension DType {
+  /// Elements as `Double`, exactly.
+  fileprivate func doubles(_ bytes: RawSpan, count: Int) -> [Double] {
+    if self == .f64 {
+      return bytes.withUnsafeBytes { bytes in
+        (0..<count).map { bytes.loadUnaligned(fromByteOffset: 8 * $0, as: Double.self) }
+      }
+    }
+    var floats = [Float](repeating: 0, count: count)
+    var span = floats.mutableSpan
+    decode(bytes, into: &span)
+    return floats.map { Double($0) }
+  }
+}

@@ -1,0 +1,122 @@
+import CLinux
+import Glibc
+import Synchronization
+
+/// A folder that does not exist under its own name until all its files are complete.
+///
+/// It is filled beside its destination under a temporary name; `commit()` moves it into place.
+/// Dropped before, it is removed with all that is in it.
+final class PendingFolder: Sendable {
+  let destination: String
+  let temporaryPath: String
+  private let isReplacing: Bool
+  private let committed = Atomic<Bool>(false)
+
+  /// - Parameter isReplacing: whether a folder that is there may go, with all its files.
+  init(for path: String, replacing isReplacing: Bool) throws(CheckpointError) {
+    var destination = path
+    while destination.count > 1, destination.hasSuffix("/") { destination.removeLast() }
+    let (folder, name) = split(destination)
+    guard !name.isEmpty, name != ".", name != ".." else {
+      throw CheckpointError(file: path, "does not name a folder that can be made")
+    }
+    var status = stat()
+    if stat(destination, &status) == 0 {
+      guard status.st_mode & S_IFMT == S_IFDIR else {
+        throw CheckpointError(file: path, "exists and is not a folder")
+      }
+      let isEmpty = try listFolder(destination).isEmpty
+      guard isReplacing || isEmpty else {
+        throw CheckpointError(
+          file: path, "is a folder with files in it", remedy: "write to a new folder")
+      }
+    }
+    self.destination = destination
+    self.isReplacing = isReplacing
+    temporaryPath = "\(folder)/.\(name).\(getpid()).partial"
+    removeFolder(temporaryPath)
+    guard mkdir(temporaryPath, 0o755) == 0 else { throw .system(path, "cannot be created") }
+    Unfinished.add(temporaryPath)
+  }
+
+  func commit() throws(CheckpointError) {
+    try syncFolder(temporaryPath)
+    var status = stat()
+    if isReplacing, stat(destination, &status) == 0 {
+      // The old and the new folder change names at once; then the old one goes.
+      let swapped = renameat2(
+        AT_FDCWD, temporaryPath, AT_FDCWD, destination, smelt_rename_exchange)
+      guard swapped == 0 else { throw .system(destination, "cannot be replaced") }
+      removeFolder(temporaryPath)
+    } else {
+      guard rename(temporaryPath, destination) == 0 else {
+        throw .system(destination, "cannot be put in place")
+      }
+    }
+    committed.store(true, ordering: .relaxed)
+    Unfinished.remove(temporaryPath)
+    try syncFolder(split(destination).folder)
+  }
+
+  deinit {
+    guard !committed.load(ordering: .relaxed) else { return }
+    removeFolder(temporaryPath)
+    Unfinished.remove(temporaryPath)
+  }
+}
+
+/// The names in a folder, sorted, without `.` and `..`.
+func listFolder(_ path: String) throws(CheckpointError) -> [String] {
+  guard let folder = opendir(path) else { throw .system(path, "cannot be listed") }
+  defer { closedir(folder) }
+  var names: [String] = []
+  while let entry = readdir(folder) {
+    // The name is a C array in the struct, which Swift shows as a tuple.
+    let name = withUnsafePointer(to: &entry.pointee.d_name) {
+      $0.withMemoryRebound(to: CChar.self, capacity: 256) { String(cString: $0) }
+    }
+    if name != ".", name != ".." { names.append(name) }
+  }
+  return names.sorted()
+}
+
+/// Whether a path leads to a folder, itself or through symbolic links.
+func isFolder(_ path: String) -> Bool {
+  var status = stat()
+  return stat(path, &status) == 0 && status.st_mode & S_IFMT == S_IFDIR
+}
+
+/// Whether a path leads to a regular file, itself or through symbolic links.
+func isFile(_ path: String) -> Bool {
+  var status = stat()
+  return stat(path, &status) == 0 && status.st_mode & S_IFMT == S_IFREG
+}
+
+/// Removes a folder of ours and all that is in it, as far as it can; links are not followed.
+func removeFolder(_ path: String) {
+  for name in (try? listFolder(path)) ?? [] where unlink("\(path)/\(name)") != 0 {
+    removeFolder("\(path)/\(name)")
+  }
+  rmdir(path)
+}
+
+/// Where a path leads when every symbolic link on the way is followed.
+func resolved(_ path: String) -> String? {
+  guard let name = realpath(path, nil) else { return nil }
+  defer { free(name) }
+  return String(cString: name)
+}
+
+/// Copies a file's bytes to a new file.
+func copyFile(_ path: String, to destination: String) throws(CheckpointError) {
+  let source = try File(reading: path)
+  let size = try source.size()
+  let target = try File(creating: destination)
+  var offset = 0
+  while offset < size {
+    let piece = try source.bytes(at: offset, count: min(1 << 20, size - offset))
+    try target.write(piece.span.bytes, at: offset)
+    offset += piece.count
+  }
+  try target.sync()
+}

@@ -1,0 +1,192 @@
+import Glibc
+
+/// A model's folder as Hugging Face has it: the weights in one file or several, and beside
+/// them the configuration, the tokenizer and other small files.
+public enum ModelFolder {
+  /// Hugging Face's own: decimal, and about what one file should have for a download.
+  public static let defaultShardSize = 5_000_000_000
+
+  /// The names under which the weights are looked for; the first that is there is taken, as
+  /// transformers does.
+  private static let weightFiles = [
+    "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+  ]
+
+  public static func open(_ path: String) throws(CheckpointError) -> any TensorSource {
+    let names = try listFolder(path)
+    if let known = weightFiles.first(where: names.contains) {
+      return try open(known, in: path)
+    }
+    // Other models have other names (adapter_model.safetensors): one must be meant.
+    for ending in [".safetensors.index.json", ".safetensors"] {
+      let candidates = names.filter { $0.hasSuffix(ending) && !$0.hasPrefix(".") }
+      guard candidates.count <= 1 else {
+        throw CheckpointError(
+          file: path,
+          "has \(candidates.count) files that may be the model: \(candidates.prefix(5).joined(separator: ", "))",
+          remedy: "name the one that is meant")
+      }
+      if let only = candidates.first { return try open(only, in: path) }
+    }
+    throw CheckpointError(
+      file: path, "has no model in it: none of \(weightFiles.joined(separator: ", "))")
+  }
+
+  /// Opens the model that an index of shards describes.
+  static func openShards(_ index: String, as path: String) throws(CheckpointError)
+    -> any TensorSource
+  {
+    try ShardedSource(index: ShardIndex(reading: index), as: path) {
+      (shard) throws(CheckpointError) in
+      try Checkpoint.open(shard)
+    }
+  }
+
+  private static func open(_ name: String, in folder: String) throws(CheckpointError)
+    -> any TensorSource
+  {
+    let path = "\(folder)/\(name)"
+    guard name.hasSuffix(".index.json") else { return try Checkpoint.open(path) }
+    return try openShards(path, as: folder)
+  }
+}
+
+// MARK: - Writing
+
+extension ModelFolder {
+  /// Begins a folder of safetensors files of at most `shardSize` bytes of tensors each.
+  ///
+  /// Tensors fill the files in order; one that is larger has its own. What fits one file is
+  /// written as `model.safetensors`, without an index.
+  /// - Parameters:
+  ///   - sideFiles: a model's folder, or a file in it, whose other files are copied.
+  ///   - isReplacing: whether a folder that is there goes, with all its files.
+  public static func create(
+    _ path: String, _ manifest: Manifest, shardSize: Int = defaultShardSize,
+    sideFilesOf original: String? = nil, replacing isReplacing: Bool = false,
+    checksums: TensorChecksum.Algorithm? = .xxh3
+  ) throws(CheckpointError) -> any TensorSink {
+    precondition(shardSize > 0)
+    var shards: [[TensorInfo]] = [[]]
+    var size = 0
+    for tensor in manifest.tensors {
+      if size > 0, tensor.byteCount > shardSize - size {
+        shards.append([])
+        size = 0
+      }
+      shards[shards.count - 1].append(tensor)
+      size += tensor.byteCount
+    }
+    let folder = try PendingFolder(for: path, replacing: isReplacing)
+    var places: [Int] = []
+    var files: [(file: String, tensors: [TensorInfo])] = []
+    var sinks: [any TensorSink] = []
+    for (number, tensors) in shards.enumerated() {
+      let file =
+        shards.count == 1
+        ? "model.safetensors"
+        : "model-\(fiveDigits(number + 1))-of-\(fiveDigits(shards.count)).safetensors"
+      files.append((file, tensors))
+      places += tensors.map { _ in number }
+      let part = Manifest(
+        tensors, metadata: manifest.metadata,
+        safetensorsHeader: shards.count == 1 ? manifest.safetensorsHeader : nil)
+      do {
+        sinks.append(
+          try Safetensors.create("\(folder.temporaryPath)/\(file)", part, checksums: checksums))
+      } catch { throw error.moved(to: "\(folder.destination)/\(file)") }
+    }
+    return FolderSink(
+      folder, manifest, sinks: sinks, places: places, files: files, original: original)
+  }
+
+  private static func fiveDigits(_ number: Int) -> String {
+    String(repeating: "0", count: max(0, 5 - String(number).count)) + String(number)
+  }
+
+  /// Whether a file belongs to a model without being its weights.
+  static func isSideFile(_ name: String) -> Bool {
+    let weights = [
+      "safetensors", "bin", "pt", "pth", "ckpt", "h5", "hdf5", "msgpack", "gguf", "onnx",
+      "onnx_data", "npz", "zst", "ot", "tflite",
+    ]
+    let isWeights = weights.contains { name.lowercased().hasSuffix("." + $0) }
+    return !isWeights && !name.hasPrefix(".") && !name.hasSuffix(".index.json")
+  }
+
+  /// Copies the files of a model's folder that are not weights, those of subfolders too.
+  fileprivate static func copySideFiles(from folder: String, to target: String, depth: Int = 0)
+    throws(CheckpointError)
+  {
+    for name in try listFolder(folder) where isSideFile(name) {
+      let (source, copy) = ("\(folder)/\(name)", "\(target)/\(name)")
+      if isFile(source) {
+        try copyFile(source, to: copy)
+      } else if isFolder(source), depth < 8 {  // A link to a folder above would have no end.
+        guard mkdir(copy, 0o755) == 0 else { throw .system(copy, "cannot be created") }
+        try copySideFiles(from: source, to: copy, depth: depth + 1)
+        rmdir(copy)  // Goes only if nothing was in it.
+      }
+    }
+    try syncFolder(target)
+  }
+}
+
+/// Tensors on their way into the files of a model's folder.
+private final class FolderSink: TensorSink {
+  let manifest: Manifest
+  private let folder: PendingFolder
+  private let sinks: [any TensorSink]
+  /// The sink of each tensor of the manifest.
+  private let places: [Int]
+  private let files: [(file: String, tensors: [TensorInfo])]
+  private let original: String?
+
+  init(
+    _ folder: PendingFolder, _ manifest: Manifest, sinks: [any TensorSink], places: [Int],
+    files: [(file: String, tensors: [TensorInfo])], original: String?
+  ) {
+    self.folder = folder
+    self.manifest = manifest
+    self.sinks = sinks
+    self.places = places
+    self.files = files
+    self.original = original
+  }
+
+  func write(_ bytes: RawSpan, of tensor: TensorInfo, at offset: Int) throws(CheckpointError) {
+    let place = places[manifest.position(of: tensor.name)!]
+    do { try sinks[place].write(bytes, of: tensor, at: offset) } catch {
+      throw error.moved(to: "\(folder.destination)/\(files[place].file)")
+    }
+  }
+
+  func finish() throws(CheckpointError) {
+    do {
+      for sink in sinks { try sink.finish() }
+      if let original {
+        let source = isFolder(original) ? original : split(original).folder
+        try ModelFolder.copySideFiles(from: source, to: folder.temporaryPath)
+      }
+      // Last, so that whoever sees an index sees all that it names.
+      if files.count > 1 {
+        let index = try File(
+          creating: "\(folder.temporaryPath)/model.safetensors.index.json")
+        try index.write(ShardIndex.describe(files).span.bytes, at: 0)
+        try index.sync()
+      }
+      try folder.commit()
+    } catch {
+      throw error.file.hasPrefix(folder.temporaryPath)
+        ? error.moved(to: folder.destination) : error
+    }
+  }
+}
+
+extension CheckpointError {
+  /// The same, of another file: the one that the user knows.
+  func moved(to file: String) -> CheckpointError {
+    CheckpointError(file: file, tensor: tensor, problem, remedy: remedy)
+  }
+}

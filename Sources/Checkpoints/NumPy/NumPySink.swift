@@ -1,0 +1,211 @@
+import CZlib
+import Synchronization
+
+/// Arrays on their way into an archive, uncompressed: each is a range of bytes.
+final class NumPySink: TensorSink {
+  let manifest: Manifest
+  private let pending: PendingFile
+  private let file: File
+  private let members: [ZipMember]
+  /// Where the elements of each tensor begin, and the directory after all.
+  private let offsets: [Int]
+  private let directoryOffset: Int
+  private let remaining: Atomic<Int>
+  /// The checksums of the pieces of each tensor by where they begin.
+  private let pieces: Mutex<[[Int: (count: Int, checksum: UInt)]]>
+
+  init(_ path: String, _ manifest: Manifest) throws(CheckpointError) {
+    self.manifest = manifest
+    pending = try PendingFile(for: path)
+    file = try pending.open()
+    var members: [ZipMember] = []
+    var offsets: [Int] = []
+    var offset = 0
+    for tensor in manifest.tensors {
+      let member = try ZipMember(tensor, at: offset, path: path)
+      members.append(member)
+      offsets.append(offset + member.localHeader().count + member.arrayHeader.count)
+      offset = offsets.last! + tensor.byteCount
+    }
+    self.members = members
+    self.offsets = offsets
+    directoryOffset = offset
+    remaining = Atomic(manifest.byteCount)
+    pieces = Mutex(Array(repeating: [:], count: members.count))
+    do { try file.preallocate(offset) } catch { throw error.moved(to: path) }
+  }
+
+  func write(_ bytes: RawSpan, of tensor: TensorInfo, at offset: Int) throws(CheckpointError) {
+    precondition(offset >= 0 && offset + bytes.byteCount <= tensor.byteCount)
+    let position = manifest.position(of: tensor.name)!
+    do { try file.write(bytes, at: offsets[position] + offset) } catch {
+      throw CheckpointError(
+        file: pending.destination, tensor: tensor.name, error.problem, remedy: error.remedy)
+    }
+    file.startFlush(at: offsets[position] + offset, count: bytes.byteCount)
+    let checksum = crc32(of: bytes)
+    pieces.withLock { $0[position][offset] = (bytes.byteCount, checksum) }
+    remaining.wrappingSubtract(bytes.byteCount, ordering: .relaxed)
+  }
+
+  func finish() throws(CheckpointError) {
+    precondition(remaining.load(ordering: .relaxed) == 0, "a tensor was not wholly written")
+    var directory: [UInt8] = []
+    let pieces = pieces.withLock { $0 }
+    for (position, member) in members.enumerated() {
+      // The pieces' checksums, which came in any order, joined in the right one.
+      var checksum = crc32(of: member.arrayHeader.span.bytes)
+      for (_, piece) in pieces[position].sorted(by: { $0.key < $1.key }) {
+        checksum = crc32_combine(checksum, piece.checksum, piece.count)
+      }
+      let header = member.localHeader(checksum: checksum) + member.arrayHeader
+      try file.write(header.span.bytes, at: offsets[position] - header.count)
+      directory += member.directoryEntry(checksum: checksum)
+    }
+    directory += ZipMember.end(count: members.count, directory.count, at: directoryOffset)
+    try file.write(directory.span.bytes, at: directoryOffset)
+    try pending.commit()
+  }
+}
+
+/// Arrays on their way into a compressed archive, by way of a temporary file: an entry can only
+/// be compressed from its beginning to its end, but the pieces come in any order.
+final class CompressedNumPySink: TensorSink {
+  let manifest: Manifest
+  private let pending: PendingFile
+  private let offsets: [Int]
+  private let temporary: File
+  private let remaining: Atomic<Int>
+
+  init(_ path: String, _ manifest: Manifest) throws(CheckpointError) {
+    self.manifest = manifest
+    pending = try PendingFile(for: path)
+    offsets = manifest.tensors.reduce(into: [0]) { $0.append($0.last! + $1.byteCount) }
+    temporary = try File(temporaryBeside: path)
+    remaining = Atomic(manifest.byteCount)
+  }
+
+  func write(_ bytes: RawSpan, of tensor: TensorInfo, at offset: Int) throws(CheckpointError) {
+    precondition(offset >= 0 && offset + bytes.byteCount <= tensor.byteCount)
+    try temporary.write(bytes, at: offsets[manifest.position(of: tensor.name)!] + offset)
+    remaining.wrappingSubtract(bytes.byteCount, ordering: .relaxed)
+  }
+
+  func finish() throws(CheckpointError) {
+    precondition(remaining.load(ordering: .relaxed) == 0, "a tensor was not wholly written")
+    let file = try pending.open()
+    var directory: [UInt8] = []
+    var offset = 0
+    for (position, tensor) in manifest.tensors.enumerated() {
+      var member = try ZipMember(tensor, at: offset, path: pending.destination, isCompressed: true)
+      let start = offset + member.localHeader().count
+      var end = start
+      var checksum = crc32(of: member.arrayHeader.span.bytes)
+      let stream = try Deflater()
+      func put(_ bytes: RawSpan, isLast: Bool) throws(CheckpointError) {
+        try stream.deflate(bytes, isLast: isLast) { (packed) throws(CheckpointError) in
+          try file.write(packed, at: end)
+          end += packed.byteCount
+        }
+      }
+      try put(member.arrayHeader.span.bytes, isLast: tensor.byteCount == 0)
+      var done = 0
+      while done < tensor.byteCount {
+        let count = min(1 << 20, tensor.byteCount - done)
+        let bytes = try temporary.bytes(at: offsets[position] + done, count: count)
+        done += count
+        checksum = crc32_combine(checksum, crc32(of: bytes.span.bytes), count)
+        try put(bytes.span.bytes, isLast: done == tensor.byteCount)
+      }
+      member.storedSize = end - start
+      try file.write(member.localHeader(checksum: checksum).span.bytes, at: offset)
+      directory += member.directoryEntry(checksum: checksum)
+      offset = end
+    }
+    directory += ZipMember.end(count: manifest.tensors.count, directory.count, at: offset)
+    try file.write(directory.span.bytes, at: offset)
+    try pending.commit()
+  }
+}
+
+/// One entry of a zip file that is written. Sizes are always in the 64-bit extension, as
+/// numpy has it too.
+private struct ZipMember {
+  let name: [UInt8]
+  let arrayHeader: [UInt8]
+  let size: Int
+  var storedSize: Int
+  private let offset: Int
+  private let method: Int
+  /// Type and shape where numpy has no name for them.
+  private let note: [UInt8]
+
+  init(_ tensor: TensorInfo, at offset: Int, path: String, isCompressed: Bool = false)
+    throws(CheckpointError)
+  {
+    name = Array((tensor.name + ".npy").utf8)
+    guard name.count <= 0xFFFF else {
+      throw CheckpointError(file: path, tensor: tensor.name, "has a name too long for a zip file")
+    }
+    arrayHeader = ArrayHeader.describe(
+      NumPy.descr(tensor.dtype), shape: NumPy.shape(tensor))
+    size = arrayHeader.count + tensor.byteCount
+    storedSize = size
+    self.offset = offset
+    method = isCompressed ? 8 : 0
+    let shape = tensor.shape.map(String.init).joined(separator: ",")
+    note =
+      NumPy.dtype(NumPy.descr(tensor.dtype)) == tensor.dtype
+      ? [] : Array("\(tensor.dtype.rawValue) \(shape)".utf8)
+    guard note.count <= 60_000 else {
+      throw CheckpointError(
+        file: path, tensor: tensor.name, "has too many dimensions for a zip file")
+    }
+  }
+
+  private func number(_ value: Int, _ width: Int) -> [UInt8] {
+    (0..<width).map { UInt8(truncatingIfNeeded: value >> (8 * $0)) }
+  }
+
+  /// Version 4.5 for the 64-bit extension; flag 11 for names in UTF-8; 1 January 1980.
+  private func beginning(_ checksum: UInt, extra: [UInt8]) -> [UInt8] {
+    number(45, 2) + number(1 << 11, 2) + number(method, 2) + number(0, 2) + number(0x21, 2)
+      + number(Int(checksum), 4) + number(0xFFFF_FFFF, 4) + number(0xFFFF_FFFF, 4)
+      + number(name.count, 2) + number(extra.count, 2)
+  }
+
+  private func extra(_ fields: [Int]) -> [UInt8] {
+    let sizes = number(1, 2) + number(8 * fields.count, 2) + fields.flatMap { number($0, 8) }
+    return note.isEmpty
+      ? sizes : sizes + number(ZipArchive.noteKind, 2) + number(note.count, 2) + note
+  }
+
+  /// As long before the checksum and the stored size are known as after.
+  func localHeader(checksum: UInt = 0) -> [UInt8] {
+    let extra = extra([size, storedSize])
+    return number(0x0403_4B50, 4) + beginning(checksum, extra: extra) + name + extra
+  }
+
+  func directoryEntry(checksum: UInt) -> [UInt8] {
+    let extra = extra([size, storedSize, offset])
+    return number(0x0201_4B50, 4) + number(45, 2) + beginning(checksum, extra: extra)
+      + number(0, 10) + number(0xFFFF_FFFF, 4) + name + extra
+  }
+
+  /// The records at the end of a zip file.
+  static func end(count: Int, _ size: Int, at offset: Int) -> [UInt8] {
+    func number(_ value: Int, _ width: Int) -> [UInt8] {
+      (0..<width).map { UInt8(truncatingIfNeeded: value >> (8 * $0)) }
+    }
+    let large =
+      number(0x0606_4B50, 4) + number(44, 8) + number(45, 2) + number(45, 2) + number(0, 8)
+      + number(count, 8) + number(count, 8) + number(size, 8) + number(offset, 8)
+    let locator =
+      number(0x0706_4B50, 4) + number(0, 4) + number(offset + size, 8) + number(1, 4)
+    // numpy's zip module takes the 64-bit records only where these are at their limits.
+    let end =
+      number(0x0605_4B50, 4) + number(0, 4) + number(0xFFFF, 2) + number(0xFFFF, 2)
+      + number(0xFFFF_FFFF, 4) + number(0xFFFF_FFFF, 4) + number(0, 2)
+    return large + locator + end
+  }
+}

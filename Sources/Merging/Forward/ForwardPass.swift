@@ -1,0 +1,224 @@
+public import Checkpoints
+
+/// A Transformer run one layer at a time from its checkpoint, so that one layer is in memory.
+///
+/// A model may be dense or a mixture made by upscaling: the MLPs' tensors tell.
+public struct ForwardPass: Sendable {
+  public let source: any TensorSource
+  public let layerCount: Int
+  /// Width of the states between the layers.
+  public let width: Int
+  let family: TransformerFamily
+  let configuration: TransformerConfiguration
+  let embedding: InputEmbedding
+  private let stem: String
+  private let headWidth: Int
+  private let weights: TransformerWeights
+
+  /// - Parameters:
+  ///   - inputs: What will be fed: of a model with two towers, it says which.
+  ///   - configurationPath: The model's `config.json`, if there is one.
+  ///   - flags: What the user says of the model; it counts for more than the file.
+  /// - Throws: `CheckpointError` or `MergeError` if the model is of no known family or not whole.
+  public init(
+    of source: any TensorSource, for inputs: ModelInputs, configurationPath: String? = nil,
+    flags: TransformerConfiguration = .init()
+  ) throws {
+    let tower: TransformerConfiguration.Tower = inputs.pixels == nil ? .text : .vision
+    let found = TransformerFamily.table.filter { $0.tower == tower }.flatMap { family in
+      family.stems(in: source.manifest).map { (family: family, stem: $0) }
+    }
+    guard let (family, stem) = found.first else {
+      let kind = tower == .text ? "token ids" : "images"
+      throw CheckpointError(
+        file: source.path, "is no Transformer that Smelt can run on \(kind)",
+        remedy: "record the activations with Scripts/capture-activations")
+    }
+    guard found.count == 1 else {
+      throw CheckpointError(
+        file: source.path,
+        "holds several models for these inputs: \(found.map { quoted($0.stem) }.joined(separator: ", "))"
+      )
+    }
+    var configuration = TransformerConfiguration()
+    if let configurationPath {
+      configuration = try TransformerConfiguration(contentsOf: configurationPath, tower: tower)
+    }
+    configuration.override(with: flags)
+    let weights = TransformerWeights(source: source)
+    let embedding = try InputEmbedding(family, weights, stem: stem, configuration)
+    let layers = "\(stem)\(family.layers)."
+    if source.manifest["\(layers)0.pre_feedforward_layernorm.weight"] != nil {
+      throw CheckpointError(
+        file: source.path, "has layers with four norms (Gemma 2 or later), unknown to Smelt",
+        remedy: "record the activations with Scripts/capture-activations")
+    }
+    var layerCount = 0
+    while source.manifest["\(layers)\(layerCount).\(family.query).weight"] != nil {
+      layerCount += 1
+    }
+    guard let heads = configuration.heads else {
+      throw MergeError(
+        "the tensors of \(source.path) do not tell how many attention heads it has",
+        remedy: "give --heads, or --config with its config.json")
+    }
+    let queries = try source.tensor("\(layers)0.\(family.query).weight")
+    guard heads > 0, queries.shape.count == 2, queries.shape[0] > 0, queries.shape[0] % heads == 0
+    else {
+      throw CheckpointError(
+        file: source.path, tensor: queries.name,
+        "has the shape \(queries.shapeDescription), which \(heads) attention heads cannot share")
+    }
+    self.source = source
+    self.family = family
+    self.stem = stem
+    self.weights = weights
+    self.configuration = configuration
+    self.embedding = embedding
+    self.layerCount = layerCount
+    width = embedding.width
+    headWidth = queries.shape[0] / heads
+    guard family.normKind == .layer || headWidth.isMultiple(of: 2) else {
+      throw CheckpointError(
+        file: source.path, tensor: queries.name, "makes heads of an odd width, \(headWidth)")
+    }
+  }
+
+  private func layerName(_ index: Int) -> String { "\(stem)\(family.layers).\(index)" }
+
+  /// What upscaling calls the MLP of a layer.
+  public func module(_ layer: Int) -> String { "\(layerName(layer)).mlp" }
+
+  /// A layer without its MLP.
+  func layer(_ index: Int) throws -> TransformerLayer {
+    let name = layerName(index)
+    return TransformerLayer(
+      attention: try attention(name, index),
+      attentionNorm: try norm("\(name).\(family.attentionNorm)", count: width),
+      mlpNorm: try norm("\(name).\(family.mlpNorm)", count: width),
+      normsFirst: family.normsFirst)
+  }
+
+  private func attention(_ name: String, _ index: Int) throws -> Attention {
+    let inner = (configuration.heads ?? 1) * headWidth
+    let key = try source.tensor("\(name).\(family.key).weight")
+    let keyHeads = (key.shape.first ?? 0) / headWidth
+    guard keyHeads > 0, key.shape[0] == keyHeads * headWidth,
+      (configuration.heads ?? 1).isMultiple(of: keyHeads),
+      configuration.keyValueHeads.map({ $0 == keyHeads }) ?? true
+    else {
+      throw CheckpointError(
+        file: source.path, tensor: key.name,
+        "has the shape \(key.shapeDescription), which does not make \(configuration.keyValueHeads.map { "\($0) key" } ?? "equal") heads of \(headWidth)"
+      )
+    }
+    func dense(_ part: String, _ outputs: Int, _ inputs: Int) throws -> Dense {
+      try weights.dense("\(name).\(part)", outputs: outputs, inputs: inputs)
+    }
+    let hasHeadNorms = source.manifest["\(name).self_attn.q_norm.weight"] != nil
+    func headNorm(_ part: String) throws -> Norm? {
+      hasHeadNorms ? try norm("\(name).self_attn.\(part)", count: headWidth) : nil
+    }
+    let slides = configuration.slidingLayers.map { $0.indices.contains(index) && $0[index] } ?? true
+    return Attention(
+      query: try dense(family.query, inner, width),
+      key: try dense(family.key, key.shape[0], width),
+      value: try dense(family.value, key.shape[0], width),
+      output: try dense(family.output, width, inner),
+      headWidth: headWidth, queryNorm: try headNorm("q_norm"), keyNorm: try headNorm("k_norm"),
+      rotary: family.normKind == .layer
+        ? nil
+        : RotaryEmbedding(
+          headWidth: headWidth, theta: configuration.ropeTheta ?? 10000,
+          scaling: configuration.ropeScaling),
+      isCausal: family.isCausal,
+      window: slides && family.isCausal ? configuration.slidingWindow : nil)
+  }
+
+  private func norm(_ name: String, count: Int) throws -> Norm {
+    let epsilon = configuration.normEpsilon ?? family.normEpsilon
+    let weight = try weights.vector("\(name).weight", count: count)
+    switch family.normKind {
+    case .layer:
+      let bias = try weights.vector("\(name).bias", count: count)
+      return .layer(weight: weight, bias: bias, epsilon: epsilon)
+    case .rootMeanSquare:
+      return .rootMeanSquare(
+        weight: configuration.isGemma ? weight.map { 1 + $0 } : weight, epsilon: epsilon)
+    }
+  }
+
+  /// The norm behind the last layer, where the model's last hidden states have one.
+  func finalNorm() throws -> Norm? {
+    try family.finalNorm.map { try norm("\(stem)\($0)", count: width) }
+  }
+
+  /// A layer's MLP, dense or a mixture.
+  func mlp(_ layer: Int) throws -> LayerMLP {
+    let module = module(layer)
+    guard let description = try? MixtureDescription(of: source),
+      source.manifest["\(module).base_model.\(family.up).weight"] != nil
+    else { return .dense(try feedForward("\(layerName(layer)).\(family.mlp)")) }
+    return .mixture(
+      router: try Router(in: source, gate: "\(module).gate", width: width),
+      base: try feedForward("\(module).base_model."),
+      taskVectors: try description.experts.indices.map {
+        try feedForward("\(module).task_vectors.\($0).")
+      })
+  }
+
+  /// How many elements a layer's tensors have.
+  struct LayerSize {
+    let all: Int
+    /// Its MLP alone; one expert of it in a mixture.
+    let mlp: Int
+    /// Between the MLP's linear maps.
+    let inner: Int
+  }
+
+  func elementCount(ofLayer index: Int) -> LayerSize {
+    let layer = "\(layerName(index))."
+    let tensors = source.manifest.tensors.filter { $0.name.hasPrefix(layer) }
+    let prefixes = ["\(module(index)).base_model.", layer + family.mlp]
+    let up = prefixes.lazy.compactMap { source.manifest["\($0)\(family.up).weight"] }.first
+    return LayerSize(
+      all: tensors.reduce(0) { $0 + $1.elementCount },
+      mlp: (up?.elementCount ?? 0) * (family.gate == nil ? 2 : 3), inner: up?.shape.first ?? 0)
+  }
+
+  private func feedForward(_ prefix: String) throws -> FeedForward {
+    let up = try weights.dense(prefix + family.up, inputs: width)
+    let inner = up.bias.count
+    return FeedForward(
+      gate: try family.gate.map { try weights.dense(prefix + $0, outputs: inner, inputs: width) },
+      up: up, down: try weights.dense(prefix + family.down, outputs: width, inputs: inner),
+      activation: configuration.activation ?? family.activation)
+  }
+}
+
+/// A Transformer layer up to and behind its MLP.
+struct TransformerLayer: Sendable {
+  let attention: Attention
+  let attentionNorm: Norm
+  let mlpNorm: Norm
+  /// Whether norms come before attention and MLP, or after they were added to what went in.
+  let normsFirst: Bool
+
+  /// What the MLP sees, and what its output will be added to.
+  func beforeMLP(
+    _ states: Matrix<Float>, samples: [Range<Int>]
+  ) -> (residual: Matrix<Float>, input: Matrix<Float>) {
+    var residual = attention(normsFirst ? attentionNorm(states) : states, samples: samples)
+    residual.add(states)
+    guard !normsFirst else { return (residual, mlpNorm(residual)) }
+    residual = attentionNorm(residual)
+    return (residual, residual)
+  }
+
+  /// The states for the next layer.
+  func afterMLP(residual: Matrix<Float>, output: Matrix<Float>) -> Matrix<Float> {
+    var states = output
+    states.add(residual)
+    return normsFirst ? states : mlpNorm(states)
+  }
+}

@@ -1,0 +1,160 @@
+import Foundation
+import TestSupport
+import Testing
+
+@testable import Checkpoints
+
+@Suite struct Checksums {
+  /// Bytes that a line of Python makes too: `bytes((i * 7 + i // 251) % 256 for i in range(n))`.
+  private static func pattern(_ count: Int) -> [UInt8] {
+    (0..<count).map { UInt8(truncatingIfNeeded: $0 &* 7 &+ $0 / 251) }
+  }
+
+  /// From Python's hashlib and xxhash:
+  /// `H(b"".join(H(b[i:i + 2**20]).digest() for i in range(0, len(b), 2**20))).hexdigest()`.
+  static let known: [(count: Int, xxh3: String, sha256: String)] = [
+    (
+      0, "2d06800538d394c2",
+      "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+    ),
+    (
+      1, "00817c81126c8fc1",
+      "1406e05881e299367766d313e26c05564ec91bf721d31726bd6e46e60689539a"
+    ),
+    (
+      1000, "7db49e8cfb036e3d",
+      "4ef4e5593284115a3b40f804e6eefbfd03edc1f99b1bfc0d9406395f4ad9dc73"
+    ),
+    (
+      1048576, "772956fcc15bce76",
+      "87c51d8df8c08ae3aef390ad634b258177ec139262c7c9bd23f6ee553a4bc10c"
+    ),
+    (
+      1048577, "d364807f7c2c984a",
+      "99541925ae307285cfcff8411df09bff987636d574e5e76fe6fd78ca5eea0300"
+    ),
+    (
+      3145723, "b853bca78577d27c",
+      "d33990f819e874e449553517cf53b055abf236933259b0f233b83f284abd0aff"
+    ),
+  ]
+
+  @Test(arguments: known)
+  func `are what other people's libraries compute`(
+    _ known: (count: Int, xxh3: String, sha256: String)
+  ) throws {
+    let tensor = try TensorInfo(name: "a", dtype: .u8, shape: [known.count])
+    let bytes = Self.pattern(known.count)
+    for (algorithm, expected) in [
+      (TensorChecksum.Algorithm.xxh3, known.xxh3), (.sha256, known.sha256),
+    ] {
+      let recorder = ChecksumRecorder([tensor], algorithm)
+      recorder.add(bytes.span.bytes, ofTensorAt: 0, from: 0)
+      #expect(recorder.finishUnread()[0].description == expected)
+    }
+  }
+
+  @Test(arguments: [1, 2, 3, 4])
+  func `do not depend on the order or size of the pieces`(seed: UInt64) throws {
+    var random = SplitMix(seed)
+    let bytes = Self.pattern(5_000_001)
+    let tensors = try [
+      TensorInfo(name: "a", dtype: .u8, shape: [0]),
+      TensorInfo(name: "b", dtype: .u8, shape: [bytes.count]),
+    ]
+    let whole = ChecksumRecorder(tensors, .xxh3)
+    whole.add(bytes.span.bytes, ofTensorAt: 1, from: 0)
+
+    let cuts =
+      ([0, bytes.count] + (0..<9).map { _ in Int.random(in: 0..<bytes.count, using: &random) })
+      .sorted()
+    let recorder = ChecksumRecorder(tensors, .xxh3)
+    for (begin, end) in zip(cuts, cuts.dropFirst()).shuffled(using: &random) {
+      recorder.add(bytes.span.bytes.extracting(begin..<end), ofTensorAt: 1, from: begin)
+    }
+    let checksums = try recorder.finish { (tensor, offset, buffer) throws(CheckpointError) in
+      #expect(tensor == tensors[1])
+      for i in 0..<buffer.byteCount {
+        buffer.storeBytes(of: bytes[offset + i], toByteOffset: i, as: UInt8.self)
+      }
+    }
+    #expect(checksums == whole.finishUnread(), "seed \(seed)")
+  }
+
+  // MARK: In safetensors files
+
+  private func tensors() throws -> [TensorInfo: [UInt8]] {
+    try [
+      TensorInfo(name: "small", dtype: .u8, shape: [3]): [1, 2, 3],
+      TensorInfo(name: "empty", dtype: .f32, shape: [0, 5]): [],
+      TensorInfo(name: "large", dtype: .bf16, shape: [700_000]): Self.pattern(1_400_000),
+    ]
+  }
+
+  @Test(arguments: [TensorChecksum.Algorithm.xxh3, .sha256])
+  func `are recorded on writing and hold`(algorithm: TensorChecksum.Algorithm) throws {
+    let folder = try TemporaryFolder()
+    let file = folder("model.safetensors")
+    let contents = try tensors()
+    let sink = try Safetensors.create(
+      file, Manifest(contents.keys.sorted { $0.name < $1.name }), checksums: algorithm)
+    for (tensor, bytes) in contents { try sink.write(bytes.span.bytes, of: tensor, at: 0) }
+    try sink.finish()
+    let source = try Safetensors.open(file)
+    #expect(source.manifest.metadata == ["format": "pt"])
+    for tensor in contents.keys {
+      #expect(source.recordedChecksum(of: tensor)?.algorithm == algorithm)
+    }
+    let verification = try source.verifyData()
+    #expect(
+      verification.isSound && verification.checkedCount == 3 && verification.unrecorded.isEmpty)
+  }
+
+  @Test func `every flipped bit of the data names its tensor`() throws {
+    let folder = try TemporaryFolder()
+    let file = folder("model.safetensors")
+    try write(
+      [
+        TensorInfo(name: "a", dtype: .u8, shape: [3]): [1, 2, 3],
+        TensorInfo(name: "b", dtype: .f16, shape: [2]): [4, 5, 6, 7],
+      ], to: file)
+    let good = try Data(contentsOf: URL(filePath: file))
+    let start = good.count - 7
+    for bit in 0..<7 * 8 {
+      var bad = good
+      bad[start + bit / 8] ^= 1 << (bit % 8)
+      try bad.write(to: URL(filePath: file))
+      // The wider type comes first.
+      let verification = try #require(try Checkpoint.verify(file, data: true))
+      #expect(verification.damaged.map { $0.name } == [bit / 8 < 4 ? "b" : "a"])
+    }
+  }
+
+  @Test func `a carried header's checksums become those of the new data`() throws {
+    let folder = try TemporaryFolder()
+    let tensor = try TensorInfo(name: "a", dtype: .u8, shape: [3])
+    try write([tensor: [1, 2, 3]], to: folder("one.safetensors"))
+    let one = try Safetensors.open(folder("one.safetensors"))
+    let sink = try Safetensors.create(folder("two.safetensors"), one.manifest)
+    try sink.write([9, 9, 9 as UInt8].span.bytes, of: tensor, at: 0)
+    try sink.finish()
+    let two = try Safetensors.open(folder("two.safetensors"))
+    #expect(try two.verifyData().isSound)
+    #expect(one.recordedChecksum(of: tensor) != two.recordedChecksum(of: tensor))
+  }
+
+  @Test(arguments: [
+    "none", "xxh3-64/1MiB", "xxh3-64/1MiB 00", "xxh3-64/1MiB 0123456789ABCDEF",
+    "xxh3-64/1MiB 0123456789abcdef 0123456789abcdef", "md5 0123456789abcdef", "",
+  ])
+  func `other people's metadata of that name stays theirs`(text: String) throws {
+    let header =
+      #"{"__metadata__":{"checksums":"\#(text)"},"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}"#
+    let folder = try TemporaryFolder()
+    try Data(safetensors(Array(header.utf8), body: [1])).write(to: URL(filePath: folder("x")))
+    let source = try Safetensors.open(folder("x"))
+    #expect(source.manifest.metadata == ["checksums": text])
+    #expect(source.recordedChecksum(of: source.manifest.tensors[0]) == nil)
+    #expect(try source.verifyData().unrecorded.count == 1)
+  }
+}

@@ -1,0 +1,183 @@
+import Foundation
+import TestSupport
+import Testing
+
+@testable import Checkpoints
+
+@Suite struct `numpy archives` {
+  // MARK: Written by numpy
+
+  static let files = ["plain.npz", "compressed.npz"]
+
+  @Test(arguments: files)
+  func `every array is read as numpy wrote it`(file: String) throws {
+    let source = try Checkpoint.open(fixture("numpy/\(file)"))
+    let dtypes: [String: DType] = [
+      "float16": .f16, "float32": .f32, "float64": .f64, "int8": .i8, "int16": .i16, "int32": .i32,
+      "int64": .i64, "uint8": .u8, "uint16": .u16, "uint32": .u32, "uint64": .u64, "bool": .bool,
+      "complex64": .c64, "bfloat16": .bf16,
+    ]
+    for (name, dtype) in dtypes {
+      let tensor = try source.tensor(name)
+      #expect(tensor.dtype == dtype)
+      #expect(tensor.shape == [2, 3])
+      if dtype.isArithmetic {
+        #expect(try source.floats(of: name) == [0, 1, 2, 3, 4, 5])
+      } else if dtype != .bool, dtype != .c64 {
+        #expect(try source.integers(of: tensor) == [0, 1, 2, 3, 4, 5])
+      }
+    }
+    #expect(try source.bytes(of: source.tensor("bool")) == [0, 1, 1, 1, 1, 1])
+    #expect(try source.tensor("scalar").shape == [])
+    #expect(try source.floats(of: "scalar") == [7])
+    #expect(try source.tensor("empty").shape == [0, 3])
+    #expect(try source.tensor("vector").shape == [4])
+    #expect(try source.tensor("layers.0.weight").shape == [1])
+    #expect(source.manifest.tensors.count == dtypes.count + 6)
+  }
+
+  @Test(arguments: files)
+  func `an array in Fortran's order is read in rows`(file: String) throws {
+    let source = try Checkpoint.open(fixture("numpy/\(file)"))
+    let tensor = try source.tensor("fortran")
+    #expect(tensor.shape == [2, 3, 4])
+    #expect(try source.integers(of: tensor) == Array(0..<24))
+  }
+
+  @Test(arguments: [
+    ("big.npz", "big", #"has elements of numpy's type ">f4", which is not known"#),
+    ("object.npz", "object", #"has elements of numpy's type "|O", which is not known"#),
+    ("text.npz", "text", #"has elements of numpy's type "<U2", which is not known"#),
+  ])
+  func `types that are no tensors' are refused by name`(
+    file: String, tensor: String, problem: String
+  ) throws {
+    let error = try #require(throws: CheckpointError.self) {
+      try Checkpoint.open(fixture("numpy/\(file)"))
+    }
+    #expect(error.tensor == tensor)
+    #expect(error.problem == problem)
+  }
+
+  // MARK: Written here
+
+  @Test(arguments: [false, true])
+  func `every type comes back from an archive`(isCompressed: Bool) throws {
+    let folder = try TemporaryFolder()
+    var contents: [TensorInfo: [UInt8]] = [:]
+    for dtype in DType.allCases {
+      for shape in [[0], [8], [3, 8], [2, 0, 3], [257, 4]] {
+        let tensor = try TensorInfo(name: "\(dtype)/\(shape)", dtype: dtype, shape: shape)
+        contents[tensor] = (0..<tensor.byteCount).map { UInt8(truncatingIfNeeded: $0 &* 167) }
+      }
+    }
+    let large = try TensorInfo(name: "é 大", dtype: .f32, shape: [3 << 20])
+    contents[large] = (0..<large.byteCount).map { UInt8(truncatingIfNeeded: $0 >> 7) }
+    let tensors = contents.keys.sorted { $0.name < $1.name }
+    let sink = try NumPy.create(folder("x.npz"), Manifest(tensors), isCompressed: isCompressed)
+    for (tensor, bytes) in contents {
+      // In two pieces, the second first.
+      let half = tensor.byteCount / 16 * 8
+      let span = bytes.span.bytes
+      try sink.write(span.extracting(half..<bytes.count), of: tensor, at: half)
+      if half > 0 { try sink.write(span.extracting(0..<half), of: tensor, at: 0) }
+    }
+    try sink.finish()
+    let source = try Checkpoint.open(folder("x.npz"))
+    #expect(source.manifest.tensors == tensors)
+    #expect(source.warnings == [])
+    for (tensor, bytes) in contents { #expect(try source.bytes(of: tensor) == bytes) }
+    #expect(try FileManager.default.contentsOfDirectory(atPath: folder.path) == ["x.npz"])
+  }
+
+  // MARK: Malformed
+
+  private static func array(_ header: String, body: Int = 0) -> [UInt8] {
+    [0x93] + Array("NUMPY".utf8) + [1, 0, UInt8(header.utf8.count), 0] + Array(header.utf8)
+      + [UInt8](repeating: 0, count: body)
+  }
+
+  static let malformed: [(bytes: [UInt8], problem: String)] = [
+    ([], "is not a numpy array"),
+    (Array("not a numpy array".utf8), "is not a numpy array"),
+    (
+      [0x93] + Array("NUMPY".utf8) + [4, 0, 0, 0, 0, 0, 0, 0],
+      "is a numpy array of the unknown version 4"
+    ),
+    (
+      [0x93] + Array("NUMPY".utf8) + [1, 0, 255, 255, 0, 0],
+      "has a header of 65535 bytes, beyond its end or the limit"
+    ),
+    (array("{}"), "has a header that is not one of a simple numpy array"),
+    (
+      array("{'descr': [('a', '<f4')], 'fortran_order': False, 'shape': (), }"),
+      "has a header that is not one of a simple numpy array"
+    ),
+    (
+      array("{'descr': '<f4', 'fortran_order': False, 'shape': (-1,), }"),
+      "has a header that is not one of a simple numpy array"
+    ),
+    (
+      array("{'descr': '<f4', 'descr': '<f4', 'fortran_order': False, 'shape': (), }", body: 4),
+      "has a header that is not one of a simple numpy array"
+    ),
+    (
+      array("{'descr': '<f4', 'fortran_order': False, 'shape': (3,), }", body: 4),
+      "has 4 bytes but its shape [3] of F32 needs 12"
+    ),
+    (
+      array("{'descr': '<f4', 'fortran_order': True, 'shape': (4611686018427387904, 4), }"),
+      "has a shape too large to count its bytes"
+    ),
+  ]
+
+  @Test(arguments: malformed)
+  func `a malformed array is refused by name`(_ malformed: (bytes: [UInt8], problem: String)) throws
+  {
+    let folder = try TemporaryFolder()
+    try Data(zip([("a.npy", malformed.bytes)])).write(to: URL(filePath: folder("x.npz")))
+    let error = try #require(throws: CheckpointError.self) { try Checkpoint.open(folder("x.npz")) }
+    #expect(error.tensor == "a")
+    #expect(error.problem == malformed.problem)
+  }
+
+  @Test func `a zip file of something else is refused`() throws {
+    let folder = try TemporaryFolder()
+    try Data(zip([("a.txt", [1])])).write(to: URL(filePath: folder("x.zip")))
+    let error = try #require(throws: CheckpointError.self) { try Checkpoint.open(folder("x.zip")) }
+    #expect(error.problem == "is a zip archive, but neither PyTorch's nor numpy's")
+  }
+
+  @Test func `two entries of one name are refused`() throws {
+    let folder = try TemporaryFolder()
+    try Data(zip([("a.npy", []), ("a.npy", [])])).write(to: URL(filePath: folder("x.npz")))
+    let error = try #require(throws: CheckpointError.self) { try Checkpoint.open(folder("x.npz")) }
+    #expect(error.problem == "has two zip entries \"a.npy\"")
+  }
+
+  @Test(arguments: files)
+  func `every truncation is refused`(file: String) throws {
+    let folder = try TemporaryFolder()
+    let whole = try Data(contentsOf: URL(filePath: fixture("numpy/\(file)")))
+    for count in stride(from: 0, to: whole.count, by: 7) {
+      try whole.prefix(count).write(to: URL(filePath: folder("x.npz")))
+      #expect(throws: CheckpointError.self, "\(count)") { try Checkpoint.open(folder("x.npz")) }
+    }
+  }
+
+  @Test func `damage to compressed data is found`() throws {
+    let folder = try TemporaryFolder()
+    let tensor = try TensorInfo(name: "a", dtype: .u8, shape: [100_000])
+    let sink = try NumPy.create(folder("x.npz"), Manifest([tensor]), isCompressed: true)
+    let bytes = (0..<100_000).map { UInt8(truncatingIfNeeded: $0 &* $0 >> 5) }
+    try sink.write(bytes.span.bytes, of: tensor, at: 0)
+    try sink.finish()
+    var file = try Data(contentsOf: URL(filePath: folder("x.npz")))
+    file[file.count / 2] ^= 0x10
+    try file.write(to: URL(filePath: folder("x.npz")))
+    #expect(throws: CheckpointError.self) {
+      let source = try Checkpoint.open(folder("x.npz"))
+      _ = try source.bytes(of: tensor)
+    }
+  }
+}
