@@ -159,7 +159,8 @@ struct UpscalingOperation: TileOperation {
 
   var grain: Int {
     guard cleaning != nil else { return codingGrain }
-    return rowLength.isMultiple(of: codingGrain) ? rowLength : rowLength * codingGrain
+    guard !rowLength.isMultiple(of: codingGrain) else { return rowLength }
+    return rowLength * min(codingGrain, rowCount)
   }
 
   /// Coded vectors are written in order, by one worker: the whole tensor is a step.
