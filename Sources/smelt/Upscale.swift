@@ -1,5 +1,6 @@
 import ArgumentParser
 import Checkpoints
+import Foundation
 import Merging
 
 struct Upscale: ParsableCommand {
@@ -73,6 +74,19 @@ struct Upscale: ParsableCommand {
   @Flag(help: "Keep the heads that only some experts have, as experts.NAME.TENSOR.")
   var keepHeads = false
 
+  @Option(
+    help: ArgumentHelp(
+      "wemoe, or mixtral: Llama-like experts as whole MLPs side by side, which transformers loads.",
+      discussion:
+        "A Mixtral's gates are fitted to --activations; its config.json is written beside it."))
+  var format = Format.wemoe
+
+  @Option(help: "Recorded activations, for --format mixtral.", completion: .file())
+  var activations: String?
+
+  @Option(help: "How many experts a token has, for --format mixtral.")
+  var expertsPerToken = 2
+
   @Flag(help: "Say what would be written and what it would take, and write nothing.")
   var dryRun = false
 
@@ -82,7 +96,14 @@ struct Upscale: ParsableCommand {
     case dense, sparse, int8, int4, lowrank
   }
 
+  enum Format: String, ExpressibleByArgument, CaseIterable {
+    case wemoe, mixtral
+  }
+
   func validate() throws {
+    guard (format == .mixtral) == (activations != nil) else {
+      throw ValidationError("--format mixtral and --activations go together.")
+    }
     guard (0...2).contains(routerDepth) else {
       throw ValidationError("--router-depth is 0, 1 or 2.")
     }
@@ -100,6 +121,7 @@ struct Upscale: ParsableCommand {
   }
 
   func run() throws {
+    if format == .mixtral { return try writeSparse() }
     var upscaling = try Upscaling(family.open(), options())
     for output in [output] + (taskVectors.map { [$0] } ?? []) {
       try refuse(writing: output, overInputs: family.paths)
@@ -113,6 +135,37 @@ struct Upscale: ParsableCommand {
     try vectors?.finish()
     try mixture.finish()
     say(upscaling, report)
+  }
+
+  private func writeSparse() throws {
+    let sparse = try SparseMixture(
+      family.open(), scaling: scaling, activations: Checkpoint.open(activations!),
+      expertsPerToken: min(expertsPerToken, family.experts.count))
+    try refuse(writing: output, overInputs: family.paths + [activations!])
+    let folder = URL(filePath: output).deletingLastPathComponent()
+    let configuration = folder.appending(path: "config.json")
+    if sparse.configuration != nil {
+      for path in family.paths.map({ URL(filePath: $0).deletingLastPathComponent() })
+      where path.standardizedFileURL == folder.standardizedFileURL {
+        throw MergeError(
+          "\(configuration.path) is an input's", remedy: "write to a folder of its own")
+      }
+    }
+    let sink = try Checkpoint.create(output, sparse.manifest)
+    let reports = try sparse.run(
+      into: sink, memory: resources.memory.bytes, workers: resources.jobs)
+    if let text = sparse.configuration?.text {
+      try Data(text.utf8).write(to: configuration, options: .atomic)
+    }
+    try sink.finish()
+    let rows = reports.map {
+      [$0.module, "\(decimal(100 * $0.routingAccuracy, 1)) %", decimal($0.sharpness, 0)]
+    }
+    print(
+      Table(
+        columns: ["module", "held-out routing", "sharpness"], rows: rows, rightAligned: [1, 2]))
+    print("\(output): a Mixtral, \(summary(of: sparse.manifest))")
+    if sparse.configuration == nil { note("the base has no config.json to make one from") }
   }
 
   private func options() throws -> Upscaling.Options {
