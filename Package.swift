@@ -8,7 +8,8 @@ let package = Package(
     .library(name: "Smelt", targets: ["Checkpoints", "Merging"]),
   ],
   dependencies: [
-    .package(url: "https://github.com/apple/swift-argument-parser", from: "1.8.2")
+    .package(url: "https://github.com/apple/swift-argument-parser", from: "1.8.2"),
+    .package(url: "https://github.com/jpsim/Yams", from: "6.2.2"),
   ],
   targets: [
     .systemLibrary(name: "CLinux"),
@@ -22,8 +23,14 @@ let package = Package(
 
     .target(
       name: "Checkpoints",
-      dependencies: ["CLinux", "CHDF5", "CZstd", "CZlib", "CXXHash", "CCrypto"]),
-    .target(name: "Merging", dependencies: ["Checkpoints", "COpenBLAS"]),
+      dependencies: ["CLinux", "CHDF5", "CZstd", "CZlib", "CXXHash", "CCrypto"],
+      exclude: ["Bundle/FORMAT.md"]),
+    .target(name: "CKernels"),
+    .target(
+      name: "Merging",
+      dependencies: [
+        "Checkpoints", "COpenBLAS", "CKernels", .product(name: "Yams", package: "Yams"),
+      ]),
     .executableTarget(
       name: "smelt",
       dependencies: [
@@ -39,7 +46,7 @@ let package = Package(
   swiftLanguageModes: [.v6]
 )
 
-for target in package.targets where target.type != .system {
+for target in package.targets where target.type != .system && target.name != "CKernels" {
   target.swiftSettings = [
     .treatAllWarnings(as: .error),
     .enableUpcomingFeature("ExistentialAny"),

@@ -19,6 +19,10 @@ public protocol TensorSource: Sendable {
 
   /// The checksum that was recorded when the tensor was written, if one was.
   func recordedChecksum(of tensor: TensorInfo) -> TensorChecksum?
+
+  /// Reads every tensor and compares it with what was recorded of it on writing.
+  /// - Throws: what cannot be read.
+  func verifyData(workers: Int) throws -> Verification
 }
 
 extension TensorSource {
@@ -100,8 +104,20 @@ public protocol TensorSink: Sendable {
   /// Writes some of the tensor's bytes, from byte `offset` on. Each byte is written once.
   func write(_ bytes: RawSpan, of tensor: TensorInfo, at offset: Int) throws(CheckpointError)
 
-  /// Makes the whole durable and moves it to its place.
+  /// Does all that can fail for want of room, short of moving the whole to its place: where
+  /// several outputs belong together, complete all before the first is finished.
+  func complete() throws(CheckpointError)
+
+  /// Makes the whole durable, if that has not been done, and moves it to its place.
   func finish() throws(CheckpointError)
+}
+
+extension Checkpoint {
+  /// Finishes outputs that belong together: if one cannot be completed, none appears.
+  public static func finish(_ sinks: [any TensorSink]) throws(CheckpointError) {
+    for sink in sinks { try sink.complete() }
+    for sink in sinks { try sink.finish() }
+  }
 }
 
 /// A way to keep tensors in files.
@@ -113,11 +129,33 @@ public protocol CheckpointFormat: SendableMetatype {
   /// Whether a file that begins with these bytes (up to 16) is of this format.
   static func recognises(_ beginning: [UInt8]) -> Bool
   static func open(_ path: String) throws(CheckpointError) -> any TensorSource
-  static func create(_ path: String, _ manifest: Manifest) throws(CheckpointError)
-    -> any TensorSink
+  static func create(_ path: String, _ manifest: Manifest, _ options: WritingOptions)
+    throws(CheckpointError) -> any TensorSink
   /// Writes everything a source holds; a format that wants to see the data before it lays the
   /// file out does it here.
-  static func write(_ source: any TensorSource, to path: String, workers: Int) throws
+  static func write(
+    _ source: any TensorSource, to path: String, _ options: WritingOptions, workers: Int) throws
+}
+
+/// How a checkpoint is written, beside what it holds. A format takes what concerns it.
+public struct WritingOptions: Sendable {
+  /// What is recorded of every tensor, to find damage later.
+  public var checksums: TensorChecksum.Algorithm? = .xxh3
+  /// Where HDF5's datasets go.
+  public var layout: HDF5.Layout
+  /// For HDF5 and numpy archives, which are otherwise not compressed.
+  public var compression: HDF5.Compression?
+  /// The most bytes of tensors in one file of a model's folder.
+  public var shardSize = ModelFolder.defaultShardSize
+  /// The model's folder, or a file in it, whose other files a new folder gets.
+  public var sideFilesOf: String?
+  /// Whether a folder that is there may go, with all its files.
+  public var isReplacing = false
+
+  public init(layout: HDF5.Layout = .flat, compression: HDF5.Compression? = nil) {
+    self.layout = layout
+    self.compression = compression
+  }
 }
 
 /// The checkpoint formats that Smelt knows. A new one is a file and a line here.
@@ -145,11 +183,11 @@ public enum Checkpoint {
 
   /// Begins a checkpoint; the name's ending says which format it will be. A name that ends in
   /// a slash is that of a model's folder.
-  public static func create(_ path: String, _ manifest: Manifest) throws(CheckpointError)
-    -> any TensorSink
-  {
-    if path.hasSuffix("/") { return try ModelFolder.create(path, manifest) }
-    return try format(writing: path).create(path, manifest)
+  public static func create(
+    _ path: String, _ manifest: Manifest, _ options: WritingOptions = WritingOptions()
+  ) throws(CheckpointError) -> any TensorSink {
+    if path.hasSuffix("/") { return try ModelFolder.create(path, manifest, options) }
+    return try format(writing: path).create(path, manifest, options)
   }
 
   /// The format that the name's ending calls for.
@@ -163,23 +201,35 @@ public enum Checkpoint {
     let endings = formats.flatMap { $0.fileExtensions }.map { "." + $0 }
     throw CheckpointError(
       file: path, "has no ending that names a format",
-      remedy: "end it in one of \(endings.joined(separator: ", "))")
+      remedy: "end it in one of \(endings.joined(separator: ", ")), or in / for a model's folder")
   }
 
-  /// Writes everything a source holds to a new checkpoint, byte for byte.
-  public static func write(_ source: any TensorSource, to path: String, workers: Int = 2) throws {
+  /// Writes everything a source holds to a new checkpoint, byte for byte; the path says what it
+  /// will be, as for `create`.
+  public static func write(
+    _ source: any TensorSource, to path: String, _ options: WritingOptions = WritingOptions(),
+    workers: Int = 2
+  ) throws {
     if path.hasSuffix("/") {
-      let sink = try ModelFolder.create(path, source.manifest)
+      let sink = try ModelFolder.create(path, source.manifest, options)
       try source.copy(into: sink, workers: workers)
       return try sink.finish()
     }
-    try format(writing: path).write(source, to: path, workers: workers)
+    try format(writing: path).write(source, to: path, options, workers: workers)
   }
 }
 
 extension CheckpointFormat {
-  public static func write(_ source: any TensorSource, to path: String, workers: Int) throws {
-    let sink = try create(path, source.manifest)
+  public static func create(_ path: String, _ manifest: Manifest) throws(CheckpointError)
+    -> any TensorSink
+  {
+    try create(path, manifest, WritingOptions())
+  }
+
+  public static func write(
+    _ source: any TensorSource, to path: String, _ options: WritingOptions, workers: Int
+  ) throws {
+    let sink = try create(path, source.manifest, options)
     try source.copy(into: sink, workers: workers)
     try sink.finish()
   }

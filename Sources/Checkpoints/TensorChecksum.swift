@@ -237,3 +237,8 @@ private struct BlockHash: @unchecked Sendable {
     }
   }
 }
+
+/// The 64-bit XXH3 hash of some bytes: finds accidents, not intent.
+public func xxh3(_ bytes: RawSpan) -> UInt64 {
+  bytes.withUnsafeBytes { XXH3_64bits($0.baseAddress, $0.count) }
+}

@@ -25,7 +25,7 @@ extension TensorSource {
   ///
   /// Memory is `workers` pieces of 4 MiB, whatever the tensors' sizes.
   /// - Throws: what cannot be read.
-  public func verifyData(workers: Int = 2) throws -> Verification {
+  public func verifyData(workers: Int) throws -> Verification {
     let tensors = manifest.tensors
     let recorders = TensorChecksum.Algorithm.allCases.map { algorithm in
       (algorithm, ChecksumRecorder(tensors, algorithm))

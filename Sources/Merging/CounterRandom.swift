@@ -1,3 +1,4 @@
+import CKernels
 import Glibc
 
 /// Random numbers that are a pure function of (seed, tensor, stream, index), so that neither the
@@ -27,6 +28,16 @@ public struct CounterRandom: Sendable {
     philox(
       counter: SIMD4(index.low, index.high, sequence.low, sequence.high),
       key: SIMD2(seed.low, seed.high))
+  }
+
+  /// The words of as many consecutive blocks as `words` holds, from block `first` on.
+  func fill(_ words: inout MutableSpan<UInt32>, from first: UInt64) {
+    precondition(words.count.isMultiple(of: 4))
+    // Sound: the kernel writes the span's elements and nothing else.
+    words.withUnsafeMutableBufferPointer {
+      guard let start = $0.baseAddress else { return }
+      smelt_philox(seed, sequence, first, start, $0.count / 4)
+    }
   }
 
   /// A number of the uniform distribution on [0, 1), a multiple of 2⁻³².

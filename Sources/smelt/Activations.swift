@@ -3,8 +3,9 @@ import Checkpoints
 import Foundation
 import Merging
 
-struct Activations: ParsableCommand {
+struct RecordActivations: ParsableCommand {
   static let configuration = CommandConfiguration(
+    commandName: "activations",
     abstract: "Run a model over samples and record what its MLPs see, for 'smelt calibrate'.",
     discussion: """
       The forward pass of CLIP, ViT, BERT, RoBERTa, Llama, Mistral, Qwen and Gemma models and of \
@@ -36,7 +37,7 @@ struct Activations: ParsableCommand {
 
   func run() throws {
     let samples = try ModelInputs(Checkpoint.open(inputs))
-    let pass = try transformer.pass(of: model, for: samples)
+    let pass = try transformer.pass(of: Checkpoint.open(model), for: samples)
     var options = ActivationRecording.Options()
     options.everyToken = tokens
     options.finalStates = finalStates
@@ -91,10 +92,9 @@ struct TransformerArguments: ParsableArguments {
     }
   }
 
-  func pass(of model: String, for inputs: ModelInputs) throws -> ForwardPass {
+  func pass(of model: any TensorSource, for inputs: ModelInputs) throws -> ForwardPass {
     try ForwardPass(
-      of: Checkpoint.open(model), for: inputs, configurationPath: config ?? beside(model),
-      flags: flags)
+      of: model, for: inputs, configurationPath: config ?? beside(model.path), flags: flags)
   }
 
   private var flags: TransformerConfiguration {

@@ -21,7 +21,18 @@ struct Calibrate: ParsableCommand {
   var mixture: String
 
   @Option(help: "The recorded activations.", completion: .file())
-  var activations: String
+  var activations: String?
+
+  @Option(
+    help: ArgumentHelp(
+      "Samples to run the mixture itself over, instead of recorded activations.",
+      discussion: """
+        Each router is fitted to what the layers before it make of the samples, their routers \
+        already fitted. The file is that of 'smelt activations'.
+        """, valueName: "inputs"), completion: .file())
+  var progressive: String?
+
+  @OptionGroup var transformer: TransformerArguments
 
   @Option(name: .shortAndLong, help: "The calibrated mixture to write.")
   var output: String
@@ -39,12 +50,6 @@ struct Calibrate: ParsableCommand {
   @Option(help: "How many samples of each task are used.")
   var samples = 256
 
-  @Option(
-    help: ArgumentHelp(
-      "The MLPs' nonlinearity, where the mixture does not tell: \(ActivationName.all).",
-      valueName: "name"))
-  var activation: ActivationName?
-
   @OptionGroup var resources: Resources
 
   enum Method: String, ExpressibleByArgument, CaseIterable {
@@ -52,28 +57,62 @@ struct Calibrate: ParsableCommand {
   }
 
   func validate() throws {
+    guard (activations == nil) != (progressive == nil) else {
+      throw ValidationError("Give either --activations or --progressive.")
+    }
     guard samples > 1 else { throw ValidationError("--samples must be at least 2.") }
   }
 
   func run() throws {
     let opened = try Mixture(Checkpoint.open(mixture))
+    let options = try options(for: opened.description)
+    let reports: [MixtureCalibration.LayerReport]
+    if let progressive {
+      reports = try fitProgressively(opened, to: progressive, options)
+    } else {
+      reports = try fit(opened, to: activations!, options)
+    }
+    say(reports)
+    print("\(output): \(reports.count) routers calibrated")
+  }
+
+  private func fit(
+    _ opened: Mixture, to activations: String, _ options: MixtureCalibration.Options
+  ) throws -> [MixtureCalibration.LayerReport] {
     let calibration = try MixtureCalibration(
-      of: opened, with: Checkpoint.open(activations), options(for: opened.description))
+      of: opened, with: Checkpoint.open(activations), options)
     try refuse(writing: output, overInputs: [mixture, activations] + experts.map { $0.path })
     for remark in calibration.remarks { note(remark) }
     let sink = try Checkpoint.create(output, calibration.manifest)
     let reports = try calibration.run(
       into: sink, memory: resources.memory.bytes, workers: resources.jobs)
     try sink.finish()
-    say(reports)
-    print("\(output): \(reports.count) modules calibrated, \(summary(of: calibration.manifest))")
+    return reports
+  }
+
+  private func fitProgressively(
+    _ opened: Mixture, to inputs: String, _ options: MixtureCalibration.Options
+  ) throws -> [MixtureCalibration.LayerReport] {
+    let samples = try ModelInputs(Checkpoint.open(inputs))
+    let activations = try ProgressiveActivations(
+      of: opened.source, over: samples, memory: resources.memory.bytes, workers: resources.jobs
+    ) { try transformer.pass(of: $0, for: samples) }
+    let calibration = try MixtureCalibration(of: opened, with: activations, options)
+    try refuse(writing: output, overInputs: [mixture, inputs] + experts.map { $0.path })
+    for remark in calibration.remarks { note(remark) }
+    let sink = try Checkpoint.create(output, calibration.manifest)
+    // A layer begins when the one before it is done; within it the samples share the workers.
+    let reports = try calibration.run(
+      into: activations.observing(sink), memory: resources.memory.bytes, workers: 1)
+    try sink.finish()
+    return reports
   }
 
   private func options(for description: MixtureDescription) throws -> MixtureCalibration.Options {
     var options = MixtureCalibration.Options()
     options.method = method == .ridge ? .ridge : .output
     options.samplesPerTask = samples
-    options.activation = activation?.activation
+    options.activation = transformer.activation
     if !experts.isEmpty {
       options.experts = try description.experts.map { name in
         guard let path = experts.first(where: { $0.name == name })?.path else {

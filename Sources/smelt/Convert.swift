@@ -5,69 +5,118 @@ struct Convert: ParsableCommand {
   static let configuration = CommandConfiguration(
     abstract: "Rewrite a checkpoint in another format, bit for bit.",
     discussion: """
-      safetensors → HDF5 → safetensors gives back the identical file: the HDF5 file keeps the \
-      original header.
+      The input is a file, a model's folder or the index of its shards. safetensors → HDF5 → \
+      safetensors gives back the identical file: the HDF5 file keeps the original header.
+
+      Only --dtype changes values: floating-point tensors of 16 bits and more are rounded to \
+      nearest even; integers, booleans and smaller floats stay as they are.
       """)
 
   @Argument(help: "The checkpoint to read.", completion: .file())
   var input: String
 
-  @Argument(help: "The file to write; its ending names the format: \(Endings.all).")
+  @Argument(
+    help: "What to write; its ending names the format: \(Endings.all), or / for a model's folder.")
   var output: String
 
-  @Option(
-    help: ArgumentHelp(
-      "Compress an HDF5 output: zstd or deflate, or either with a level.",
-      discussion: "Python reads zstd with hdf5plugin, deflate as it is.",
-      valueName: "method[:level]"),
-    transform: compression(_:))
-  var compress: HDF5.Compression?
+  @Option(help: "Round floating-point tensors to F32, F16 or BF16.")
+  var dtype: TargetType?
+
+  @Flag(help: "Let numbers too large for --dtype become infinite.")
+  var allowOverflow = false
 
   @Option(
     help: ArgumentHelp(
-      "Put an HDF5 output's datasets side by side (flat) or in groups, split at dots (tree).",
-      valueName: "flat|tree"),
-    transform: layout(_:))
-  var layout: HDF5.Layout?
+      "Keep only tensors whose names match; * stands for any text. May be given again.",
+      valueName: "pattern"))
+  var include: [String] = []
 
+  @Option(
+    help: ArgumentHelp(
+      "Leave out tensors whose names match. May be given again.", valueName: "pattern"))
+  var exclude: [String] = []
+
+  @Option(
+    help: ArgumentHelp(
+      "Replace what a regular expression matches in names; $1 is its first group. May be given again.",
+      valueName: "from=to"))
+  var rename: [String] = []
+
+  @OptionGroup var writing: OutputArguments
   @OptionGroup var resources: Resources
 
   func validate() throws {
-    guard compress != nil || layout != nil else { return }
-    guard HDF5.fileExtensions.contains(where: { output.lowercased().hasSuffix("." + $0) }) else {
-      throw ValidationError("--compress and --layout are for HDF5 outputs (.h5, .hdf5).")
+    try writing.validate(for: output)
+    _ = try renamings()
+    if allowOverflow && dtype == nil {
+      throw ValidationError("--allow-overflow goes with --dtype.")
     }
   }
 
   func run() throws {
     let source = try Checkpoint.open(input)
     source.warnings.forEach(note)
+    let view = try self.view(of: source)
+    let output = writing.path(output)
     try refuse(writing: output, overInputs: [input])
-    if compress != nil || layout != nil {
-      let options = HDF5.Options(layout: layout ?? .flat, compression: compress)
-      try HDF5.write(source, to: output, options, workers: resources.jobs)
-    } else {
-      try Checkpoint.write(source, to: output, workers: resources.jobs)
+    try Checkpoint.write(
+      view, to: output, writing.options(sideFilesOf: input), workers: resources.jobs)
+    print("\(output): \(summary(of: view.manifest))")
+  }
+
+  /// The source as the options want to see it.
+  private func view(of source: any TensorSource) throws -> any TensorSource {
+    var view = source
+    if !include.isEmpty || !exclude.isEmpty {
+      let (kept, left) = (include.map { NamePattern($0) }, exclude.map { NamePattern($0) })
+      view = view.selecting { tensor in
+        (kept.isEmpty || kept.contains { $0.matches(tensor.name) })
+          && !left.contains { $0.matches(tensor.name) }
+      }
+      guard !view.manifest.tensors.isEmpty || source.manifest.tensors.isEmpty else {
+        throw CheckpointError(
+          file: input, "has no tensor that --include and --exclude leave",
+          remedy: "list its names with 'smelt inspect'")
+      }
     }
-    print("\(output): \(summary(of: source.manifest))")
+    for renaming in try renamings() { view = try view.renaming { renaming($0) } }
+    if let dtype { view = try view.casting(to: dtype.dtype, allowsOverflow: allowOverflow) }
+    return view
+  }
+
+  private func renamings() throws -> [Renaming] {
+    try rename.map { text in
+      guard let sign = text.firstIndex(of: "=") else {
+        throw ValidationError("--rename '\(text)' is not of the form FROM=TO.")
+      }
+      do {
+        return try Renaming(
+          String(text[..<sign]), to: String(text[text.index(after: sign)...]))
+      } catch {
+        throw ValidationError("--rename: '\(text[..<sign])' is not a regular expression: \(error)")
+      }
+    }
+  }
+}
+
+/// The types that `--dtype` rounds to.
+enum TargetType: String, ExpressibleByArgument, CaseIterable {
+  case f32 = "F32"
+  case f16 = "F16"
+  case bf16 = "BF16"
+
+  init?(argument: String) { self.init(rawValue: argument.uppercased()) }
+
+  var dtype: DType {
+    switch self {
+    case .f32: .f32
+    case .f16: .f16
+    case .bf16: .bf16
+    }
   }
 }
 
 /// What a checkpoint holds, in a few words.
 func summary(of manifest: Manifest) -> String {
   "\(manifest.tensors.count) tensors, \(ByteSize(bytes: manifest.byteCount))"
-}
-
-private func compression(_ text: String) throws -> HDF5.Compression {
-  guard let compression = HDF5.Compression(text) else {
-    throw ValidationError("'\(text)' is not zstd, zstd:1 to 22, deflate or deflate:1 to 9.")
-  }
-  return compression
-}
-
-private func layout(_ text: String) throws -> HDF5.Layout {
-  guard let layout = HDF5.Layout(rawValue: text) else {
-    throw ValidationError("'\(text)' is not flat or tree.")
-  }
-  return layout
 }

@@ -1,5 +1,6 @@
 import ArgumentParser
 import Checkpoints
+import Foundation
 import Merging
 
 /// A base model and its experts, as every command that needs them takes them.
@@ -38,9 +39,20 @@ struct NamedPath: ExpressibleByArgument {
   }
 }
 
-/// - Throws: if `output` is one of the files that are read.
+/// - Throws: if `output` is one of the files or folders that are read, or a folder that holds one.
 func refuse(writing output: String, overInputs inputs: [String]) throws {
-  for input in inputs where try isSameFile(output, input) {
-    throw CheckpointError(file: output, "is also an input", remedy: "write to another name")
+  for input in inputs {
+    if try isSameFile(output, input) {
+      throw CheckpointError(file: output, "is also an input", remedy: "write to another name")
+    }
+    // Replacing a folder removes all that is in it.
+    var folder = URL(filePath: input).resolvingSymlinksInPath().deletingLastPathComponent()
+    while output.hasSuffix("/"), folder.path != "/" {
+      if try isSameFile(output, folder.path) {
+        throw CheckpointError(
+          file: output, "holds the input \(input)", remedy: "write to another folder")
+      }
+      folder.deleteLastPathComponent()
+    }
   }
 }

@@ -6,14 +6,16 @@ struct Resources: ParsableArguments {
   @Option(
     help: ArgumentHelp(
       "Memory for tiles, such as 512MB or 2GiB.",
-      discussion: "Default: 1 GiB or a quarter of the machine's, whichever is less."))
+      discussion:
+        "Default: 1 GiB or a quarter of what the machine or its control group allows, whichever is less."
+    ))
   var memory: ByteSize = .default
 
   @Option(help: "Worker threads. The result is the same for every number.")
   var jobs: Int = ProcessInfo.processInfo.activeProcessorCount
 
   func validate() throws {
-    guard jobs > 0 else { throw ValidationError("--jobs must be at least 1.") }
+    guard (1...1024).contains(jobs) else { throw ValidationError("--jobs is 1 to 1024.") }
     guard memory.bytes >= 1 << 20 else { throw ValidationError("--memory must be at least 1MiB.") }
   }
 }
@@ -22,8 +24,28 @@ struct Resources: ParsableArguments {
 struct ByteSize: ExpressibleByArgument, CustomStringConvertible {
   let bytes: Int
 
-  static let `default` = ByteSize(
-    bytes: min(1 << 30, Int(clamping: ProcessInfo.processInfo.physicalMemory) / 4))
+  static let `default` = ByteSize(bytes: min(1 << 30, availableMemory / 4))
+
+  /// The machine's memory, or what control groups leave of it.
+  private static var availableMemory: Int {
+    let groups = (try? String(contentsOfFile: "/proc/self/cgroup", encoding: .utf8)) ?? ""
+    let limits = groups.split(separator: "\n").flatMap { line -> [String] in
+      let parts = line.split(separator: ":", maxSplits: 2, omittingEmptySubsequences: false)
+      guard parts.count == 3 else { return [] }
+      if parts[0] == "0" {
+        return ["/sys/fs/cgroup\(parts[2])/memory.max", "/sys/fs/cgroup/memory.max"]
+      }
+      guard parts[1].split(separator: ",").contains("memory") else { return [] }
+      let root = "/sys/fs/cgroup/memory"
+      return ["\(root)\(parts[2])/memory.limit_in_bytes", "\(root)/memory.limit_in_bytes"]
+    }.compactMap { path in
+      // The files hold a number or the word "max"; in a container not all of them are there.
+      (try? String(contentsOfFile: path, encoding: .utf8)).flatMap {
+        Int($0.trimmingCharacters(in: .whitespacesAndNewlines))
+      }
+    }
+    return limits.reduce(Int(clamping: ProcessInfo.processInfo.physicalMemory), min)
+  }
 
   init(bytes: Int) { self.bytes = bytes }
 

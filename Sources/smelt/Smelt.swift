@@ -17,8 +17,9 @@ struct Smelt: ParsableCommand {
       """,
     version: "0.1.0",
     subcommands: [
-      Inspect.self, Convert.self, Verify.self, Diff.self, Upscale.self, Calibrate.self,
-      CollapseCommand.self, Activations.self, Pack.self, Unpack.self,
+      Inspect.self, Convert.self, Verify.self, Diff.self, Merge.self, Methods.self, Upscale.self,
+      Calibrate.self, CollapseCommand.self, RecordActivations.self, Disentangle.self, Gram.self,
+      Pack.self, Unpack.self,
     ])
 
   static func main() {

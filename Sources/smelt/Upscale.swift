@@ -23,8 +23,7 @@ struct Upscale: ParsableCommand {
     name: .shortAndLong, help: "The mixture to write; its ending names the format: \(Endings.all).")
   var output: String
 
-  @Option(help: "Clean the task vectors first (AWD, arXiv 2411.18729): awd-row.")
-  var clean: CleaningPreset?
+  @OptionGroup var cleaning: CleaningArguments
 
   @Option(help: "Also write the task vectors, cleaned if so asked: NAME/tensor for each expert.")
   var taskVectors: String?
@@ -132,8 +131,7 @@ struct Upscale: ParsableCommand {
     let vectors = try taskVectors.map { try Checkpoint.create($0, upscaling.taskVectorManifest) }
     let report = try upscaling.run(
       into: mixture, taskVectors: vectors, memory: resources.memory.bytes, workers: resources.jobs)
-    try vectors?.finish()
-    try mixture.finish()
+    try Checkpoint.finish([mixture] + (vectors.map { [$0] } ?? []))
     say(upscaling, report)
   }
 
@@ -173,7 +171,7 @@ struct Upscale: ParsableCommand {
     options.scaling = scaling
     options.routerDepth = routerDepth
     options.seed = seed
-    options.cleaning = clean?.disentanglement
+    options.cleaning = try cleaning.cleaning(or: nil)
     if !mlp.isEmpty { options.mlps = try mlp.map { try TransformerMLP(pattern: $0) } }
     options.layers = layers?.numbers
     options.pruning = prune
@@ -213,9 +211,11 @@ struct Upscale: ParsableCommand {
     )
     if let taskVectors { print("\(taskVectors): \(summary(of: upscaling.taskVectorManifest))") }
     if let cleaning = report.cleaning {
+      let whole = cleaning.whole
       print(
-        "mean |cos| of the task vectors: \(decimal(cleaning.before.meanAbsoluteCosine)) before cleaning, \(decimal(cleaning.after.meanAbsoluteCosine)) after"
+        "mean |cos| of the task vectors: \(decimal(whole.before.meanAbsoluteCosine)) before cleaning, \(decimal(whole.after.meanAbsoluteCosine)) after"
       )
+      for warning in cleaning.warnings { note(warning) }
     }
     if let errors = report.errors {
       let names = upscaling.family.experts.map { $0.name }
@@ -253,14 +253,4 @@ struct ActivationName: ExpressibleByArgument {
   }
 
   static var all: String { Activation.allCases.map { $0.rawValue }.joined(separator: ", ") }
-}
-
-enum CleaningPreset: String, ExpressibleByArgument, CaseIterable {
-  case awdRow = "awd-row"
-
-  var disentanglement: AdaptiveWeightDisentanglement {
-    switch self {
-    case .awdRow: .row
-    }
-  }
 }

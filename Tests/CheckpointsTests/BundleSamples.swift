@@ -38,6 +38,20 @@ struct Sample {
     return Sample(name, dtype, shape, values: (0..<count).map { _ in generator.normal(0.02) })
   }
 
+  /// Nine elements in ten are zero.
+  static func pruned(_ name: String, _ dtype: DType, _ shape: [Int], seed: UInt64) -> Sample {
+    var generator = SeededGenerator(seed: seed)
+    let width = dtype.bitWidth / 8
+    let count = shape.reduce(1, *)
+    var bytes = [UInt8](repeating: 0, count: count * width)
+    for i in 0..<count where UInt8.random(in: 0..<10, using: &generator) == 0 {
+      for byte in 0..<width {
+        bytes[i * width + byte] = UInt8.random(in: 0..<16, using: &generator)
+      }
+    }
+    return Sample(name, dtype, shape, bytes)
+  }
+
   /// Any bytes at all.
   static func noise(_ name: String, _ dtype: DType, _ shape: [Int], seed: UInt64) -> Sample {
     var generator = SeededGenerator(seed: seed)

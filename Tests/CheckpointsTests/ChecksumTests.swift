@@ -105,7 +105,7 @@ import Testing
     for tensor in contents.keys {
       #expect(source.recordedChecksum(of: tensor)?.algorithm == algorithm)
     }
-    let verification = try source.verifyData()
+    let verification = try source.verifyData(workers: 2)
     #expect(
       verification.isSound && verification.checkedCount == 3 && verification.unrecorded.isEmpty)
   }
@@ -139,7 +139,7 @@ import Testing
     try sink.write([9, 9, 9 as UInt8].span.bytes, of: tensor, at: 0)
     try sink.finish()
     let two = try Safetensors.open(folder("two.safetensors"))
-    #expect(try two.verifyData().isSound)
+    #expect(try two.verifyData(workers: 2).isSound)
     #expect(one.recordedChecksum(of: tensor) != two.recordedChecksum(of: tensor))
   }
 
@@ -155,6 +155,6 @@ import Testing
     let source = try Safetensors.open(folder("x"))
     #expect(source.manifest.metadata == ["checksums": text])
     #expect(source.recordedChecksum(of: source.manifest.tensors[0]) == nil)
-    #expect(try source.verifyData().unrecorded.count == 1)
+    #expect(try source.verifyData(workers: 2).unrecorded.count == 1)
   }
 }

@@ -111,7 +111,7 @@ struct HDF5IsolationTests {
       TensorInfo(name: "large", dtype: .u16, shape: [300, 120]),
     ]
     let manifest = Manifest(tensors, metadata: ["format": "pt"])
-    let sink = try HDF5.create(path, manifest, HDF5.Options(compression: .deflate()))
+    let sink = try HDF5.create(path, manifest, WritingOptions(compression: .deflate()))
     for tensor in tensors {
       let bytes = (0..<tensor.byteCount).map { UInt8($0 % 7) }
       try sink.write(bytes.span.bytes, of: tensor, at: 0)

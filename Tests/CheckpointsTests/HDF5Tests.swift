@@ -10,15 +10,15 @@ struct HDF5Tests {
 
   init() throws { folder = try TemporaryFolder() }
 
-  static let ways: [HDF5.Options] = [
-    HDF5.Options(), HDF5.Options(layout: .tree), HDF5.Options(compression: .zstd()),
-    HDF5.Options(compression: .zstd(level: 3)), HDF5.Options(compression: .deflate()),
-    HDF5.Options(layout: .tree, compression: .deflate(level: 6)),
+  static let ways: [WritingOptions] = [
+    WritingOptions(), WritingOptions(layout: .tree), WritingOptions(compression: .zstd()),
+    WritingOptions(compression: .zstd(level: 3)), WritingOptions(compression: .deflate()),
+    WritingOptions(layout: .tree, compression: .deflate(level: 6)),
   ]
 
   /// Writes tensors with these bytes, whole, and opens the result.
   func written(
-    _ manifest: Manifest, _ contents: [[UInt8]], _ options: HDF5.Options = HDF5.Options(),
+    _ manifest: Manifest, _ contents: [[UInt8]], _ options: WritingOptions = WritingOptions(),
     as name: String = "tensors.h5"
   ) throws -> any TensorSource {
     let sink = try HDF5.create(folder(name), manifest, options)
@@ -131,7 +131,8 @@ struct HDF5Tests {
 
     try Safetensors.create(folder("a.safetensors"), manifest).finish()
     let original = try Safetensors.open(folder("a.safetensors"))
-    #expect(try written(original.manifest, []).manifest.metadata == [key: "value"])
+    let kept = try written(original.manifest, [])
+    #expect(kept.manifest.metadata == [key: "value", "format": "pt"])
   }
 
   // MARK: - Whole files

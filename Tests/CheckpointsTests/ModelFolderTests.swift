@@ -35,7 +35,7 @@ import Testing
       #expect(try source.bytes(of: source.tensor("c")) == [4, 5, 6])
       #expect(source.manifest.metadata == ["format": "pt"])
       #expect(source.warnings == [])
-      #expect(try source.verifyData().checkedCount == 3)
+      #expect(try source.verifyData(workers: 2).checkedCount == 3)
     }
   }
 

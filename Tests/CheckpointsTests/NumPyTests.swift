@@ -141,6 +141,23 @@ import Testing
     #expect(error.problem == malformed.problem)
   }
 
+  @Test func `a forged type of elements below a byte is not believed`() throws {
+    let folder = try TemporaryFolder()
+    let tensor = try TensorInfo(name: "a", dtype: .f4, shape: [3, 4])
+    try write([tensor: [1, 2, 3, 4, 5, 6]], to: folder("x.npz"))
+    var file = try Data(contentsOf: URL(filePath: folder("x.npz")))
+    // Of the same length, so that only what the array says of itself has changed.
+    let (order, shape) = (
+      try #require(file.range(of: Data("False, 'shape': (6,), }".utf8))),
+      Data("True, 'shape': (2, 3)}  ".utf8)
+    )
+    file.replaceSubrange(order, with: shape.prefix(order.count))
+    try file.write(to: URL(filePath: folder("x.npz")))
+    let source = try Checkpoint.open(folder("x.npz"))
+    #expect(source.manifest.tensors.map { $0.dtype } == [.u8])
+    #expect(try source.bytes(of: source.tensor("a")) == [1, 3, 5, 2, 4, 6])
+  }
+
   @Test func `a zip file of something else is refused`() throws {
     let folder = try TemporaryFolder()
     try Data(zip([("a.txt", [1])])).write(to: URL(filePath: folder("x.zip")))

@@ -158,7 +158,7 @@ struct UpscalingTests {
     options.cleaning = .row
     #expect(
       throws: MergeError(
-        "tensor \"model.encoder.layers.0.mlp.base_model.fc2.weight\" needs 312 bytes for a row of 6 elements of every model; the budget is 300",
+        "tensor \"model.encoder.layers.0.mlp.base_model.fc2.weight\" needs 312 bytes for a row of 6 elements of every model; a worker's share of the budget is 300",
         remedy: "give it more with --memory or use fewer --jobs")
     ) { try upscale(family, options, memory: 300, workers: 1) }
   }

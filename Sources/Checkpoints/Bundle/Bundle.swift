@@ -17,13 +17,15 @@ public enum Bundle: CheckpointFormat {
     try BundleSource(path)
   }
 
-  public static func create(_ path: String, _ manifest: Manifest) throws(CheckpointError)
-    -> any TensorSink
+  public static func create(_ path: String, _ manifest: Manifest, _ options: WritingOptions)
+    throws(CheckpointError) -> any TensorSink
   {
     try StagedSink(path, manifest)
   }
 
-  public static func write(_ source: any TensorSource, to path: String, workers: Int) throws {
+  public static func write(
+    _ source: any TensorSource, to path: String, _ options: WritingOptions, workers: Int
+  ) throws {
     try pack(source, to: path, workers: workers)
   }
 }

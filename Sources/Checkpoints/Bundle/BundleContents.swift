@@ -56,6 +56,8 @@ extension Bundle {
     /// The positions of its parts.
     let parts: [Int]
     let reference: Reference?
+    /// For `planes` and `sparse`: how far elements are rotated.
+    let rotation: Int
     /// For the lossy codecs: elements that share a scale.
     let group: Int
 
@@ -118,6 +120,10 @@ extension Bundle.Contents {
     guard codec.isLossy ? group >= Quantisation.smallestGroup : entry.group == nil else {
       throw malformed(name, "has groups of \(group) elements")
     }
+    let rotation = entry.rotation ?? 1
+    guard (0..<8 * tensor.dtype.byteWidth).contains(rotation) else {
+      throw malformed(name, "is rotated by \(rotation) bits")
+    }
     var lengths = (gaps: 0, values: 0)
     if codec == .sparse {
       lengths = (inner[names[0]]?.elementCount ?? 0, inner[names[1]]?.shape.last ?? 0)
@@ -132,7 +138,8 @@ extension Bundle.Contents {
     }
     return Bundle.Stored(
       tensor: tensor, codec: codec, checksum: entry.checksum, parts: parts,
-      reference: try reference(of: entry, tensor), group: group)
+      reference: try reference(of: entry, tensor), rotation: rotation,
+      group: group)
   }
 
   /// What the entry refers to: an earlier tensor like it that refers to none, so that no chain

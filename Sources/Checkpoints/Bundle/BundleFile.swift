@@ -24,6 +24,9 @@ final class BundleFile: Sendable {
   /// The tensors of all models in order, under their full names.
   var tensors: [Bundle.Stored] { contents.tensors }
 
+  var recipe: Bundle.Recipe { contents.recipe }
+  var parts: [Bundle.Part] { contents.parts }
+
   init(_ path: String, base: (any TensorSource)?) throws(CheckpointError) {
     frames = try FrameFile(path)
     self.base = base
@@ -159,9 +162,9 @@ extension BundleFile {
           into: UnsafeMutableRawBufferPointer(rebasing: bytes[begin..<end]))
       }
     case .planes:
-      try decodePlanes(block, of: stored, part: 0, rotated: true, into: bytes, reader)
+      try decodePlanes(block, of: stored, part: 0, rotation: stored.rotation, into: bytes, reader)
     case .xor:
-      try decodePlanes(block, of: stored, part: 0, rotated: false, into: bytes, reader)
+      try decodePlanes(block, of: stored, part: 0, rotation: 0, into: bytes, reader)
       let other = reader.elements.part(0..<bytes.count)
       try decodeReference(block, of: stored, into: other, reader)
       exclusiveOr(
@@ -191,14 +194,14 @@ extension BundleFile {
   }
 
   private func decodePlanes(
-    _ block: Int, of stored: Bundle.Stored, part: Int, rotated: Bool,
+    _ block: Int, of stored: Bundle.Stored, part: Int, rotation: Int,
     into bytes: UnsafeMutableRawBufferPointer, _ reader: BlockReader
   ) throws(CheckpointError) {
     let width = stored.tensor.dtype.byteWidth
     try readPlanes(block, of: stored, part: part, count: bytes.count / width, reader)
     Planes.join(
       reader.planes.octets, stride: 1 << 20, count: bytes.count / width, width: width,
-      rotated: rotated, into: bytes.baseAddress!)
+      rotation: rotation, into: bytes.baseAddress!)
   }
 
   private func decodeSparse(
@@ -213,7 +216,7 @@ extension BundleFile {
       gaps.frame(block, of: 0), of: stored.tensor, reader, into: reader.octets.part(0..<gapCount))
     let target = reader.elements.part(0..<valueCount * width)
     if valueCount > 0 {
-      try decodePlanes(block, of: stored, part: 1, rotated: true, into: target, reader)
+      try decodePlanes(block, of: stored, part: 1, rotation: stored.rotation, into: target, reader)
     }
     let fits = Gaps.read(
       UnsafeBufferPointer(start: reader.octets.octets, count: gapCount),

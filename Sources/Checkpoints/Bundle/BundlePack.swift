@@ -307,6 +307,7 @@ extension Packing {
       tensor: tensor, codec: coded.choice.codec, checksum: planned.finding.checksum,
       parts: parts == defaults ? [] : parts, group: coded.finding.group,
       error: coded.finding.error.map { "\($0)" })
+    if coded.choice.rotation != 1 { entry.rotation = coded.choice.rotation }
     if let candidate = coded.difference?.candidate {
       entry.reference =
         candidate.position.map { .inside(tensors[$0].fullName) }
@@ -350,9 +351,10 @@ extension Packing {
           let content = workbench.content.first(size)
           let frameSize = workbench.encoder.encode(
             content, streams[index].mode, into: workbench.frame.bytes)
-          guard let offset = turnstile.pass(step, { table.append(frameSize, size) }) else {
-            return
-          }
+          let checksum = FrameChecksums.of(workbench.frame.first(frameSize))
+          guard
+            let offset = turnstile.pass(step, { table.append(frameSize, size, checksum) })
+          else { return }
           try file.write(workbench.frame.first(frameSize), at: offset)
           file.startFlush(at: offset, count: frameSize)
         } catch {
@@ -360,7 +362,7 @@ extension Packing {
           throw error
         }
       }
-      try file.write(table.table.bytes.span.bytes, at: table.table.starts.last!)
+      try file.write(table.ending.span.bytes, at: table.end)
     } catch let error as CheckpointError where error.file == pending.temporaryPath {
       throw CheckpointError(
         file: path, tensor: error.tensor, error.problem, remedy: error.remedy)
@@ -416,7 +418,8 @@ extension Packing {
     switch codec {
     case .planes:
       Planes.extract(
-        stream, of: count, width: width, rotated: true, from: UnsafeRawPointer(elements.start),
+        stream, of: count, width: width, rotation: planned.choice.rotation,
+        from: UnsafeRawPointer(elements.start),
         into: target)
     case .ulp:
       Steps.difference(
@@ -426,7 +429,7 @@ extension Packing {
       exclusiveOr(
         elements.start, with: UnsafeRawPointer(workbench.other.start), count: count * width)
       Planes.extract(
-        stream, of: count, width: width, rotated: false, from: UnsafeRawPointer(elements.start),
+        stream, of: count, width: width, rotation: 0, from: UnsafeRawPointer(elements.start),
         into: target)
     case .sparse:
       let lengths = Gaps.write(
@@ -437,7 +440,8 @@ extension Packing {
         return lengths.gaps
       }
       Planes.extract(
-        stream - 1, of: min(lengths.values, size), width: width, rotated: true,
+        stream - 1, of: min(lengths.values, size), width: width,
+        rotation: planned.choice.rotation,
         from: UnsafeRawPointer(workbench.other.start), into: target)
       return lengths.values
     case .raw, .int8, .int4, .sign1: preconditionFailure("coded above")
@@ -493,11 +497,22 @@ private final class Workbench {
 
 /// The seek table while frames are appended; touched by one thread at a time, in a turnstile.
 private final class GrowingTable: @unchecked Sendable {
-  private(set) var table = SeekTable()
+  private var table = SeekTable()
+  private var checksums = FrameChecksums()
 
   /// - Returns: where the frame goes.
-  func append(_ size: Int, _ content: Int) -> Int {
+  func append(_ size: Int, _ content: Int, _ checksum: UInt32) -> Int {
     table.append(frame: size, content: content)
-    return table.starts[table.count - 1]
+    checksums.append(checksum)
+    return table[table.count - 1].lowerBound
+  }
+
+  var end: Int { table.starts.last! }
+
+  /// What follows the last frame.
+  var ending: [UInt8] {
+    var whole = table
+    whole.append(frame: checksums.bytes.count, content: 0)
+    return checksums.bytes + whole.bytes
   }
 }

@@ -24,6 +24,8 @@ extension Bundle {
       /// The inner tensors, if they are not named as the codec has it.
       var parts: [String] = []
       var reference: Reference?
+      /// For `planes` and `sparse`: how far elements are rotated, if not by 1.
+      var rotation: Int?
       /// For the lossy codecs: elements that share a scale.
       var group: Int?
       /// For the lossy codecs: the root mean square of the errors over that of the values.
@@ -82,6 +84,7 @@ extension Bundle.Recipe.Entry {
         "\"base\":\(jsonString(name)),\"base_xxh3\":\"\(hexadecimal(checksum))\"")
     case nil: break
     }
+    if let rotation { members.append("\"rotation\":\(rotation)") }
     if let group { members.append("\"group\":\(group)") }
     if let error { members.append("\"error\":\(jsonString(error))") }
     return "{\(members.joined(separator: ","))}"
@@ -166,6 +169,7 @@ extension Bundle.Recipe.Entry {
     var texts: [String: String] = [:]
     var shape: [Int]?
     var parts: [String] = []
+    var rotation: Int?
     var group: Int?
     var seen = Set<String>()
     try scanner.object("as a tensor") { (scanner, key) throws(CheckpointError) in
@@ -182,6 +186,7 @@ extension Bundle.Recipe.Entry {
           list.append(try scanner.natural("in its shape", tensor: name))
         }
         shape = list
+      case "rotation": rotation = try scanner.natural("as its rotation", tensor: name)
       case "group": group = try scanner.natural("as its group", tensor: name)
       case "parts":
         try scanner.array("as parts") { (scanner) throws(CheckpointError) in
@@ -202,7 +207,8 @@ extension Bundle.Recipe.Entry {
       throw scanner.failure("its shape is too large or not of whole bytes", tensor: name)
     }
     self.init(
-      tensor: tensor, codec: codec, checksum: checksum, parts: parts, group: group,
+      tensor: tensor, codec: codec, checksum: checksum, parts: parts, rotation: rotation,
+      group: group,
       error: texts["error"])
     switch (texts["reference"], texts["base"], texts["base_xxh3"].map(number(hexadecimal:))) {
     case (nil, nil, nil): reference = nil

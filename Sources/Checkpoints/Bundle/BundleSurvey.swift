@@ -18,6 +18,8 @@ extension Bundle {
   struct Choice: Sendable {
     var codec: Codec
     var modes: [ZstdFrame.Mode]
+    /// How far elements are rotated before they are split into planes.
+    var rotation = 1
     /// Bytes that the sample takes.
     var cost: Int
   }
@@ -63,7 +65,9 @@ extension Bundle.Survey {
     for codec in [Codec.raw, .planes, .sparse] where codec.suits(tensor.dtype) {
       let choice = tryOut(codec, tensor.dtype, size)
       // Simpler codecs come first and stay unless another gains a hundredth.
-      guard finding.own.cost == .max || gains(choice, over: finding.own) else { continue }
+      guard let choice, finding.own.cost == .max || gains(choice, over: finding.own) else {
+        continue
+      }
       if codec == .sparse {
         guard let counts = try countSparse(tensor, source) else { continue }
         finding.sparse = counts
@@ -74,8 +78,9 @@ extension Bundle.Survey {
       var isOfUse = false
       _ = try readSample(of: candidate.tensor, candidate.source, into: other)
       for codec in [Codec.ulp, .xor] where codec.suits(tensor.dtype) {
-        let choice = tryOut(codec, tensor.dtype, size)
-        guard gains(choice, over: finding.own) else { continue }
+        guard let choice = tryOut(codec, tensor.dtype, size),
+          gains(choice, over: finding.own)
+        else { continue }
         if !isOfUse && candidate.position == nil {
           candidate.checksum = try candidate.source.checksum(of: candidate.tensor)
         }
@@ -113,7 +118,7 @@ extension Bundle.Survey {
   }
 
   /// What the sample takes when it is coded so, with the best mode for each stream.
-  private func tryOut(_ codec: Codec, _ dtype: DType, _ size: Int) -> Bundle.Choice {
+  private func tryOut(_ codec: Codec, _ dtype: DType, _ size: Int) -> Bundle.Choice? {
     let (width, count) = (dtype.byteWidth, size / dtype.byteWidth)
     var choice = Bundle.Choice(codec: codec, modes: [], cost: 0)
     func add(_ content: UnsafeRawBufferPointer) {
@@ -121,23 +126,34 @@ extension Bundle.Survey {
       choice.cost += cost
       choice.modes.append(mode)
     }
-    func addPlanes(of elements: PinnedBytes, _ count: Int, rotated: Bool) {
+    func addPlanes(of elements: PinnedBytes, _ count: Int, rotation: Int) {
       for plane in 0..<width {
         Planes.extract(
-          plane, of: count, width: width, rotated: rotated,
+          plane, of: count, width: width, rotation: rotation,
           from: UnsafeRawPointer(elements.start), into: octets.octets)
         add(octets.first(count))
       }
     }
     switch codec {
     case .raw: add(sample.first(size))
-    case .planes: addPlanes(of: sample, count, rotated: true)
+    case .planes: addPlanes(of: sample, count, rotation: 1)
     case .sparse:
       let lengths = Gaps.write(
         UnsafeRawPointer(sample.start), count: count, width: width, gaps: octets.octets,
         values: values.start)
+      guard lengths.values < count / 2 else { return nil }
       add(octets.first(lengths.gaps))
-      addPlanes(of: values, lengths.values, rotated: true)
+      let gaps = choice
+      // What is left of a pruned difference has few bits that vary, anywhere: the best split
+      // has them in one plane.
+      choice.cost = .max
+      for rotation in width == 1 ? 1...1 : 1...7 {
+        let best = choice
+        choice = gaps
+        choice.rotation = rotation
+        addPlanes(of: values, lengths.values, rotation: rotation)
+        if best.cost <= choice.cost { choice = best }
+      }
     case .ulp:
       for plane in 0..<width {
         Steps.difference(
@@ -148,7 +164,7 @@ extension Bundle.Survey {
     case .xor:
       values.part(0..<size).copyMemory(from: sample.first(size))
       exclusiveOr(values.start, with: UnsafeRawPointer(other.start), count: size)
-      addPlanes(of: values, count, rotated: false)
+      addPlanes(of: values, count, rotation: 0)
     case .int8, .int4, .sign1: preconditionFailure("lossy codecs are not tried out")
     }
     return choice

@@ -1,9 +1,11 @@
 import Synchronization
 
-/// A file of zstd frames with a seek table.
+/// A file of zstd frames with their checksums and a seek table.
 final class FrameFile: Sendable {
   let path: String
+  /// The frames that hold something.
   let table: SeekTable
+  private let checksums: FrameChecksums
   /// How many bytes have been read from the file.
   let bytesRead = Atomic<Int>(0)
   private let file: File
@@ -11,7 +13,18 @@ final class FrameFile: Sendable {
   init(_ path: String) throws(CheckpointError) {
     file = try File(reading: path)
     self.path = path
-    table = try SeekTable(file)
+    var table = try SeekTable(file)
+    let last = table.count > 0 ? table.removeLast() : (range: 0..<0, content: 0)
+    guard last.content == 0, last.range.count == 8 + 4 * table.count,
+      let checksums = FrameChecksums(
+        try file.bytes(at: last.range.lowerBound, count: last.range.count), count: table.count)
+    else {
+      throw CheckpointError(
+        file: path, "has no checksums of its frames",
+        remedy: "it is not a bundle, or damaged: get it again")
+    }
+    self.table = table
+    self.checksums = checksums
   }
 
   /// Fills `content` with what frame `index` holds, verified.
@@ -31,6 +44,11 @@ final class FrameFile: Sendable {
         file: path, tensor: tensor, error.problem, remedy: error.remedy)
     }
     bytesRead.wrappingAdd(range.count, ordering: .relaxed)
+    guard FrameChecksums.of(scratch.first(range.count)) == checksums[index] else {
+      throw CheckpointError(
+        file: path, tensor: tensor, "has a damaged frame",
+        remedy: "the bundle is damaged: get it again")
+    }
     if let problem = decoder.decode(scratch.first(range.count), into: content) {
       throw CheckpointError(
         file: path, tensor: tensor, problem, remedy: "the bundle is damaged: get it again")

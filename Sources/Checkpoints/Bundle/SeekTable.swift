@@ -21,6 +21,13 @@ struct SeekTable: Sendable {
     contentSizes.append(content)
   }
 
+  /// Takes the last frame off the table.
+  mutating func removeLast() -> (range: Range<Int>, content: Int) {
+    let range = self[count - 1]
+    starts.removeLast()
+    return (range, contentSizes.removeLast())
+  }
+
   subscript(frame: Int) -> Range<Int> { starts[frame]..<starts[frame + 1] }
 
   /// The frame that is the table.
@@ -74,6 +81,45 @@ struct SeekTable: Sendable {
       throw malformed(
         "has a seek table for \(starts.last!) bytes of frames where there are \(size - tableSize)")
     }
+  }
+}
+
+/// A checksum of every frame's compressed bytes: a skippable frame of our own, the last in the
+/// seek table.
+///
+/// zstd's own checksum is of the content. It leaves bits of a frame on which the content does
+/// not depend, and lets the decoder work on damaged bytes before it finds out.
+struct FrameChecksums: Sendable {
+  private var values: [UInt32] = []
+
+  private static let frameMagic: UInt32 = 0x184D_2A5B
+
+  init() {}
+
+  /// The lower half of XXH3.
+  static func of(_ frame: UnsafeRawBufferPointer) -> UInt32 {
+    let checksum = Checksum()
+    checksum.update(frame)
+    return UInt32(truncatingIfNeeded: checksum.value)
+  }
+
+  subscript(frame: Int) -> UInt32 { values[frame] }
+
+  mutating func append(_ checksum: UInt32) { values.append(checksum) }
+
+  /// The frame.
+  var bytes: [UInt8] {
+    ([FrameChecksums.frameMagic, UInt32(4 * values.count)] + values).flatMap { value in
+      (0..<4).map { byte(value, $0) }
+    }
+  }
+
+  /// - Returns: nil if these are not the checksums of so many frames.
+  init?(_ bytes: [UInt8], count: Int) {
+    guard bytes.count == 8 + 4 * count, word(bytes, 0) == FrameChecksums.frameMagic,
+      Int(word(bytes, 4)) == 4 * count
+    else { return nil }
+    values = (0..<count).map { word(bytes, 8 + 4 * $0) }
   }
 }
 

@@ -1,34 +1,44 @@
 import Glibc
+import Synchronization
 
 /// A sink for a bundle when its tensors arrive in any order: they wait in a plain safetensors
 /// file beside the destination, which is packed when all are there.
 final class StagedSink: TensorSink {
   let manifest: Manifest
-  private let path: String
+  private let pending: PendingFile
   private let stage: any TensorSink
   private let stagePath: String
+  private let isComplete = Atomic(false)
 
   init(_ path: String, _ manifest: Manifest) throws(CheckpointError) {
-    self.path = path
     self.manifest = manifest
-    let (folder, name) = split(path)
-    stagePath = "\(folder)/.\(name).\(getpid()).staged"
-    stage = try Safetensors.create(stagePath, manifest)
+    pending = try PendingFile(for: path)
+    stagePath = pending.temporaryPath + ".staged"
+    do { stage = try Safetensors.create(stagePath, manifest) } catch { throw error.moved(to: path) }
   }
 
   func write(_ bytes: RawSpan, of tensor: TensorInfo, at offset: Int) throws(CheckpointError) {
-    try stage.write(bytes, of: tensor, at: offset)
+    do { try stage.write(bytes, of: tensor, at: offset) } catch {
+      throw error.moved(to: pending.destination)
+    }
+  }
+
+  func complete() throws(CheckpointError) {
+    guard !isComplete.load(ordering: .relaxed) else { return }
+    defer { unlink(stagePath) }
+    do {
+      try stage.finish()
+      try Bundle.pack(try Safetensors.open(stagePath), to: pending.temporaryPath)
+    } catch let error as CheckpointError {
+      throw error.moved(to: pending.destination)
+    } catch {
+      throw CheckpointError(file: pending.destination, "cannot be packed: \(error)")
+    }
+    isComplete.store(true, ordering: .relaxed)
   }
 
   func finish() throws(CheckpointError) {
-    try stage.finish()
-    defer { unlink(stagePath) }
-    do {
-      try Bundle.pack(try Safetensors.open(stagePath), to: path)
-    } catch let error as CheckpointError {
-      throw error
-    } catch {
-      throw CheckpointError(file: path, "cannot be packed: \(error)")
-    }
+    try complete()
+    try pending.commit()
   }
 }

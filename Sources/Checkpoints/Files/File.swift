@@ -31,7 +31,7 @@ public struct File: ~Copyable, Sendable {
   }
 
   /// Opens for reading and writing a file that must not exist yet.
-  init(creating path: String) throws(CheckpointError) {
+  public init(creating path: String) throws(CheckpointError) {
     let descriptor = retrying { Glibc.open(path, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0o644) }
     guard descriptor >= 0 else { throw .system(path, "cannot be created") }
     self.init(path: path, descriptor: descriptor)
@@ -101,7 +101,7 @@ public struct File: ~Copyable, Sendable {
     return bytes
   }
 
-  func write(_ bytes: RawSpan, at offset: Int) throws(CheckpointError) {
+  public func write(_ bytes: RawSpan, at offset: Int) throws(CheckpointError) {
     let count = bytes.byteCount
     var done = 0
     var failure: Int32 = 0
@@ -151,6 +151,21 @@ public func isSameFile(_ one: String, _ other: String) throws(CheckpointError) -
     return false
   }
   return statuses[0].st_dev == statuses[1].st_dev && statuses[0].st_ino == statuses[1].st_ino
+}
+
+/// The bytes that may still be written to the disk that a new file of this path would be on.
+public func freeSpace(for path: String) -> Int? {
+  var folder = path
+  var status = statvfs()
+  repeat {
+    folder = split(folder.hasSuffix("/") ? String(folder.dropLast()) : folder).folder
+    if statvfs(folder, &status) == 0 {
+      return Int(
+        clamping: UInt64(status.f_bavail).multipliedReportingOverflow(by: UInt64(status.f_frsize))
+          .partialValue)
+    }
+  } while folder != "/" && folder != "."
+  return nil
 }
 
 /// The size of a file in bytes.

@@ -49,6 +49,7 @@ final class FlatSink: TensorSink {
   private let remaining: Atomic<Int>
   private let recorder: ChecksumRecorder?
   private let seal: Seal
+  private let isComplete = Atomic(false)
 
   /// Takes over a pending file whose header is already written.
   /// - Parameter checksums: what to hash the tensors with on their way, for `seal`.
@@ -80,7 +81,8 @@ final class FlatSink: TensorSink {
     remaining.wrappingSubtract(bytes.byteCount, ordering: .relaxed)
   }
 
-  func finish() throws(CheckpointError) {
+  func complete() throws(CheckpointError) {
+    guard !isComplete.load(ordering: .relaxed) else { return }
     precondition(remaining.load(ordering: .relaxed) == 0, "a tensor was not wholly written")
     if let recorder {
       let checksums = try recorder.finish {
@@ -89,6 +91,12 @@ final class FlatSink: TensorSink {
       }
       try seal(file, checksums)
     }
+    try pending.complete()
+    isComplete.store(true, ordering: .relaxed)
+  }
+
+  func finish() throws(CheckpointError) {
+    try complete()
     try pending.commit()
   }
 }

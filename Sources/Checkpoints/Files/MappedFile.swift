@@ -25,23 +25,13 @@ final class MappedFile: @unchecked Sendable {
 
   deinit { if let base { munmap(base, size) } }
 
-  /// Copies bytes out of the mapping, leaving none of it resident.
+  /// Copies bytes of the file.
+  ///
+  /// They are read and not copied out of the mapping: the kernel maps pages around those that
+  /// are touched, so that a mapping becomes resident faster than it can be dropped behind.
   func read(at offset: Int, into buffer: inout MutableRawSpan) throws(CheckpointError) {
-    let count = buffer.byteCount
-    guard count > 0 else { return }
-    precondition(offset >= 0 && offset + count <= size)
-    let page = Int(getpagesize())
-    let start = base! + offset / page * page
-    let length = offset % page + count
-    // Populating first makes a file that was truncated meanwhile an error, not a SIGBUS.
-    guard retrying({ madvise(start, length, Int32(MADV_POPULATE_READ)) }) == 0 else {
-      // Kernels before 5.14 do not know this advice, and then reading is the safe way.
-      return try file.read(at: offset, into: &buffer)
-    }
-    buffer.withUnsafeMutableBytes {
-      $0.copyMemory(from: UnsafeRawBufferPointer(start: base! + offset, count: count))
-    }
-    madvise(start, length, Int32(MADV_DONTNEED))
+    precondition(offset >= 0 && offset + buffer.byteCount <= size)
+    try file.read(at: offset, into: &buffer)
   }
 
   /// Copies part of a strided tensor out of the mapping, its elements in row-major order.

@@ -22,7 +22,11 @@ final class PendingFile: Sendable {
       throw CheckpointError(file: destination, "exists and is not a regular file")
     }
     self.destination = destination
-    self.temporaryPath = "\(folder)/.\(name).\(getpid()).partial"
+    self.temporaryPath = PendingFile.temporaryPath(folder: folder, name: name)
+    guard !Unfinished.contains(temporaryPath) else {
+      throw CheckpointError(
+        file: destination, "is being written already", remedy: "give each output its own name")
+    }
     // Made here so that the name is ours (O_EXCL) before anyone is told of it.
     unlink(temporaryPath)
     do { _ = try File(creating: temporaryPath) } catch {
@@ -32,11 +36,27 @@ final class PendingFile: Sendable {
     Unfinished.add(temporaryPath)
   }
 
+  /// The same for every way to write the same destination.
+  private static func temporaryPath(folder: String, name: String) -> String {
+    let resolved = realpath(folder, nil)
+    defer { free(resolved) }
+    // Shortened, because a name may have 255 bytes and this one has more than the destination's.
+    let short = String(decoding: name.utf8.prefix(200), as: UTF8.self)
+    return "\(resolved.map { String(cString: $0) } ?? folder)/.\(short).\(getpid()).partial"
+  }
+
   /// Opens the file for writing, under its temporary name.
   func open() throws(CheckpointError) -> File { try File(updating: temporaryPath) }
 
+  /// Flushes the file to the disk, where it stays without its name.
+  func complete() throws(CheckpointError) {
+    do { try open().sync() } catch {
+      throw CheckpointError(file: destination, error.problem, remedy: error.remedy)
+    }
+  }
+
   func commit() throws(CheckpointError) {
-    try open().sync()
+    try complete()
     guard rename(temporaryPath, destination) == 0 else {
       throw .system(destination, "cannot be put in place")
     }
@@ -67,6 +87,7 @@ func syncFolder(_ folder: String) throws(CheckpointError) {
 enum Unfinished {
   private static let paths = Mutex<Set<String>>([])
 
+  static func contains(_ path: String) -> Bool { paths.withLock { $0.contains(path) } }
   static func add(_ path: String) { paths.withLock { _ = $0.insert(path) } }
   static func remove(_ path: String) { paths.withLock { _ = $0.remove(path) } }
 

@@ -14,17 +14,6 @@ public enum HDF5: CheckpointFormat {
   /// Where datasets go: side by side in the root group, or in groups split at the names' dots.
   public enum Layout: String, CaseIterable, Sendable { case flat, tree }
 
-  public struct Options: Sendable {
-    public var layout: Layout
-    /// Without, tensors lie in the file as they are.
-    public var compression: Compression?
-
-    public init(layout: Layout = .flat, compression: Compression? = nil) {
-      self.layout = layout
-      self.compression = compression
-    }
-  }
-
   public static func recognises(_ beginning: [UInt8]) -> Bool {
     beginning.starts(with: [0x89, 0x48, 0x44, 0x46, 0x0D, 0x0A, 0x1A, 0x0A])
   }
@@ -40,38 +29,29 @@ public enum HDF5: CheckpointFormat {
     let file = try MappedFile(path)
     let contents = try Contents(proving: inventory, of: file)
     if let offsets = contents.offsets {
-      return FlatSource(file, contents.manifest, offsets: offsets)
+      return FlatSource(
+        file, contents.manifest, offsets: offsets, checksums: contents.checksums)
     }
     return try HDF5Source(path, contents)
   }
 
-  public static func create(_ path: String, _ manifest: Manifest) throws(CheckpointError)
-    -> any TensorSink
-  {
-    try create(path, manifest, Options())
-  }
-
-  public static func write(
-    _ source: any TensorSource, to path: String, _ options: Options, workers: Int
-  ) throws {
-    let sink = try create(path, source.manifest, options)
-    try source.copy(into: sink, workers: workers)
-    try sink.finish()
-  }
-
-  public static func create(_ path: String, _ manifest: Manifest, _ options: Options)
+  public static func create(_ path: String, _ manifest: Manifest, _ options: WritingOptions)
     throws(CheckpointError) -> any TensorSink
   {
     let pending = try PendingFile(for: path)
     let paths = paths(for: manifest.tensors.map { $0.name }, layout: options.layout)
     do {
-      let offsets = try layOut(manifest, at: paths, in: pending, options.compression)
+      let (offsets, rows) = try layOut(manifest, at: paths, in: pending, options)
       if let compression = options.compression {
-        return try HDF5ChunkedSink(pending, manifest, compression, paths, offsets: offsets)
+        return try HDF5ChunkedSink(pending, manifest, compression, paths, offsets: offsets, rows)
       }
       let file = try pending.open()
       try file.preallocate(file.size())
-      return try FlatSink(pending, manifest, offsets: offsets.map { $0! })
+      return try FlatSink(
+        pending, manifest, offsets: offsets.map { $0! }, checksums: options.checksums
+      ) { (file, checksums) throws(CheckpointError) in
+        try rows?.write(checksums, of: manifest, to: file)
+      }
     } catch {
       throw CheckpointError(
         file: path, tensor: error.tensor, error.problem, remedy: error.remedy)
@@ -79,22 +59,23 @@ public enum HDF5: CheckpointFormat {
   }
 
   /// Makes a file that lacks only the tensors' bytes.
-  /// - Returns: where in the file the bytes of each tensor belong; nil for those in chunks.
+  /// - Returns: where in the file the bytes of each tensor belong, nil for those in chunks;
+  ///   and where the checksums do.
   private static func layOut(
-    _ manifest: Manifest, at paths: [String], in pending: PendingFile, _ compression: Compression?
-  ) throws(CheckpointError) -> [Int?] {
+    _ manifest: Manifest, at paths: [String], in pending: PendingFile, _ options: WritingOptions
+  ) throws(CheckpointError) -> ([Int?], ChecksumRows?) {
     do throws(HDF5Failure) {
       return try HDF5Library.withLock { () throws(HDF5Failure) in
         var writer = try HDF5Writer(pending.temporaryPath)
-        try writer.writeMetadata(of: manifest)
+        let rows = try writer.writeMetadata(of: manifest, options.checksums)
         var offsets: [Int?] = []
         for (tensor, path) in zip(manifest.tensors, paths) {
           do throws(HDF5Failure) {
-            offsets.append(try writer.add(tensor, at: path, compression))
+            offsets.append(try writer.add(tensor, at: path, options.compression))
           } catch { throw error.of(tensor.name) }
         }
         try writer.close()
-        return offsets
+        return (offsets, rows)
       }
     } catch { throw error.error(file: pending.destination) }
   }

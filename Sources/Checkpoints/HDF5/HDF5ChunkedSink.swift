@@ -15,6 +15,9 @@ final class HDF5ChunkedSink: TensorSink {
   private let unfinished = Mutex<[ChunkKey: UnfinishedChunk]>([:])
   private let idle = Mutex<[ChunkCompressor]>([])
   private let remaining: Atomic<Int>
+  private let rows: HDF5.ChecksumRows?
+  private let recorder: ChecksumRecorder?
+  private let isComplete = Atomic(false)
 
   private enum Place {
     case range(from: Int)
@@ -25,8 +28,11 @@ final class HDF5ChunkedSink: TensorSink {
   /// - Parameter offsets: where tensors begin that are not chunked.
   init(
     _ pending: PendingFile, _ manifest: Manifest, _ compression: HDF5.Compression,
-    _ paths: [String], offsets: [Int?]
+    _ paths: [String], offsets: [Int?], _ rows: HDF5.ChecksumRows?
   ) throws(CheckpointError) {
+    self.rows = rows
+    recorder = rows.flatMap { TensorChecksum.Algorithm(rawValue: $0.algorithm) }
+      .map { ChecksumRecorder(manifest.tensors, $0) }
     self.pending = pending
     self.manifest = manifest
     self.compression = compression
@@ -58,6 +64,7 @@ final class HDF5ChunkedSink: TensorSink {
       throw CheckpointError(
         file: pending.destination, tensor: tensor.name, error.problem, remedy: error.remedy)
     }
+    recorder?.add(bytes, ofTensorAt: position, from: offset)
     remaining.wrappingSubtract(bytes.byteCount, ordering: .relaxed)
   }
 
@@ -92,9 +99,26 @@ final class HDF5ChunkedSink: TensorSink {
     do { try result.get() } catch { throw error.error(file: pending.destination) }
   }
 
-  func finish() throws(CheckpointError) {
+  func complete() throws(CheckpointError) {
+    guard !isComplete.load(ordering: .relaxed) else { return }
     precondition(remaining.load(ordering: .relaxed) == 0, "a tensor was not wholly written")
     do { try datasets.close() } catch { throw error.error(file: pending.destination) }
+    if let recorder {
+      // Opened only if some block came in pieces out of order.
+      var written: (any TensorSource)?
+      let checksums = try recorder.finish {
+        (tensor, offset, buffer) throws(CheckpointError) in
+        if written == nil { written = try HDF5.open(pending.temporaryPath) }
+        try written!.read(tensor, at: offset, into: &buffer)
+      }
+      try rows?.write(checksums, of: manifest, to: file)
+    }
+    try pending.complete()
+    isComplete.store(true, ordering: .relaxed)
+  }
+
+  func finish() throws(CheckpointError) {
+    try complete()
     try pending.commit()
   }
 }

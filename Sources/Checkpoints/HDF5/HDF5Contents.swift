@@ -9,6 +9,8 @@ extension HDF5 {
     let manifest: Manifest
     /// Where the bytes of each tensor of the manifest are.
     let places: [Place]
+    /// The checksums of the manifest's tensors, if the file has them.
+    let checksums: TensorChecksums?
   }
 
   enum Place: Sendable {
@@ -45,12 +47,14 @@ extension HDF5.Contents {
     guard let original else {
       manifest = Manifest(tensors.map { $0.tensor }, metadata: metadata)
       places = tensors.map { $0.place }
+      checksums = try inventory.checksums?.read(for: manifest, from: path)
       return
     }
     let byName = Dictionary(
       uniqueKeysWithValues: tensors.map { (ExactName($0.tensor.name), $0.place) })
     manifest = original
     places = original.tensors.map { byName[ExactName($0.name)]! }
+    checksums = try inventory.checksums?.read(for: manifest, from: path)
   }
 
   /// What the kept safetensors header says, if it still says what the file holds: someone may

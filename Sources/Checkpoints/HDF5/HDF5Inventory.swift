@@ -32,6 +32,8 @@ extension HDF5 {
     var metadata: [String: String]?
     /// Where the safetensors header lies.
     var header: Range<Int>?
+    /// Where the checksums of the tensors lie.
+    var checksums: HDF5.ChecksumRows?
   }
 }
 
@@ -133,17 +135,33 @@ private struct HDF5Reader: ~Copyable {
       metadata[name] = try attributes.text(name, of: group)
     }
     inventory.metadata = metadata
-    guard try HDF5Library.check(H5Lexists(group.id, HDF5.headerDataset, hid_t(H5P_DEFAULT))) > 0
-    else { return }
-    let header = try HDF5Handle(H5Dopen2(group.id, HDF5.headerDataset, hid_t(H5P_DEFAULT)))
-    let dataset = try dataset(header, path: HDF5.headerDataset)
-    // Whatever else it may be is not the header that Smelt wrote.
-    if case .contiguous(let offset) = dataset.storage, dataset.storedType == .u8,
-      dataset.dimensions.count == 1
-    {
-      let end = offset.addingReportingOverflow(dataset.dimensions[0])
-      if !end.overflow { inventory.header = offset..<end.partialValue }
+    inventory.header = try bytes(HDF5.headerDataset, in: group) { (_) throws(HDF5Failure) in }?
+      .range
+    let rows = try bytes(HDF5.checksumsDataset, in: group) { (dataset) throws(HDF5Failure) in
+      try attributes.text(HDF5.algorithmAttribute, of: dataset)
     }
+    if let rows, let algorithm = rows.answer {
+      inventory.checksums = HDF5.ChecksumRows(algorithm: algorithm, range: rows.range)
+    }
+  }
+
+  /// Where a dataset of bytes lies, and what else is asked of it. Whatever is no plain dataset
+  /// of bytes is not what Smelt wrote.
+  private func bytes<Answer>(
+    _ name: String, in group: borrowing HDF5Handle,
+    _ ask: (borrowing HDF5Handle) throws(HDF5Failure) -> Answer
+  ) throws(HDF5Failure) -> (range: Range<Int>, answer: Answer)? {
+    guard try HDF5Library.check(H5Lexists(group.id, name, hid_t(H5P_DEFAULT))) > 0 else {
+      return nil
+    }
+    let handle = try HDF5Handle(H5Dopen2(group.id, name, hid_t(H5P_DEFAULT)))
+    let dataset = try dataset(handle, path: name)
+    guard case .contiguous(let offset) = dataset.storage, dataset.storedType == .u8,
+      let tensor = try? TensorInfo(name: name, dtype: .u8, shape: dataset.dimensions)
+    else { return nil }
+    let end = offset.addingReportingOverflow(tensor.byteCount)
+    guard offset >= 0, !end.overflow else { return nil }
+    return (offset..<end.partialValue, try ask(handle))
   }
 
   private func dataset(_ dataset: borrowing HDF5Handle, path: String) throws(HDF5Failure)

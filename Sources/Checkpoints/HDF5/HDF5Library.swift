@@ -70,6 +70,13 @@ enum HDF5Library {
         }, $0)
     }
     H5Eclear2(hid_t(H5E_DEFAULT))
+    if messages.contains(where: { $0.contains("No space left on device") }) {
+      return HDF5Failure(
+        "cannot be written: No space left on device",
+        remedy: "free some space or write to another disk")
+    }
+    // Behind the first colon the library tells of its own buffers and clocks.
+    messages = messages.map { String($0.prefix { $0 != ":" && $0 != "\n" }) }
     guard let what = messages.first, let why = messages.last else {
       return HDF5Failure("libhdf5 failed and does not say why")
     }

@@ -14,9 +14,10 @@ enum HDF5Message {
           $0.put($1.value)
         }
       }
-      encoder.put(inventory.header) {
-        $0.put($1.lowerBound)
-        $0.put($1.upperBound)
+      encoder.put(inventory.header) { $0.put($1) }
+      encoder.put(inventory.checksums) {
+        $0.put($1.algorithm)
+        $0.put($1.range)
       }
     case .failure(let error):
       encoder.put(1)
@@ -45,10 +46,10 @@ enum HDF5Message {
         }
         inventory.metadata = pairs.map { Dictionary($0, uniquingKeysWith: { $1 }) }
         inventory.header = try decoder.optional { decoder throws(Malformed) in
-          let start = try decoder.integer()
-          let end = try decoder.integer()
-          guard 0 <= start, start <= end else { throw Malformed() }
-          return start..<end
+          try decoder.range()
+        }
+        inventory.checksums = try decoder.optional { decoder throws(Malformed) in
+          HDF5.ChecksumRows(algorithm: try decoder.string(), range: try decoder.range())
         }
         answer = .success(inventory)
       case 1:
@@ -72,6 +73,11 @@ enum HDF5Message {
 
     mutating func put(_ value: Int) {
       withUnsafeBytes(of: value.littleEndian) { bytes.append(contentsOf: $0) }
+    }
+
+    mutating func put(_ range: Range<Int>) {
+      put(range.lowerBound)
+      put(range.upperBound)
     }
 
     mutating func put(_ text: String) { put(Array(text.utf8)) }
@@ -156,6 +162,13 @@ enum HDF5Message {
       guard count >= 0, count <= bytes.count - position else { throw Malformed() }
       position += count
       return Array(bytes[position - count..<position])
+    }
+
+    mutating func range() throws(Malformed) -> Range<Int> {
+      let start = try integer()
+      let end = try integer()
+      guard 0 <= start, start <= end else { throw Malformed() }
+      return start..<end
     }
 
     mutating func string() throws(Malformed) -> String {

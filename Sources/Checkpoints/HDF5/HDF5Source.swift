@@ -16,6 +16,10 @@ final class HDF5Source: TensorSource {
 
   var manifest: Manifest { contents.manifest }
 
+  func recordedChecksum(of tensor: TensorInfo) -> TensorChecksum? {
+    contents.checksums?[manifest.position(of: tensor.name)!]
+  }
+
   func read(_ tensor: TensorInfo, at offset: Int, into buffer: inout MutableRawSpan)
     throws(CheckpointError)
   {

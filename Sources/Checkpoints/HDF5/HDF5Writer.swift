@@ -46,7 +46,10 @@ struct HDF5Writer: ~Copyable {
   }
 
   /// Writes what goes into the group for things that are no tensors.
-  func writeMetadata(of manifest: Manifest) throws(HDF5Failure) {
+  /// - Returns: where the checksums belong, if there are to be any.
+  func writeMetadata(of manifest: Manifest, _ checksums: TensorChecksum.Algorithm?)
+    throws(HDF5Failure) -> HDF5.ChecksumRows?
+  {
     let group = try makeGroup(HDF5.metadataGroup)
     for (key, value) in manifest.metadata.sorted(by: { $0.key < $1.key }) {
       guard HDF5.canName(key) else {
@@ -66,6 +69,22 @@ struct HDF5Writer: ~Copyable {
       }
       try HDF5Library.check(result)
     }
+    guard let checksums, !manifest.tensors.isEmpty else { return nil }
+    let path = "\(HDF5.metadataGroup)/\(HDF5.checksumsDataset)"
+    let shape = [manifest.tensors.count, checksums.width]
+    let dataset = try makeDataset(path, .u8, shape, contiguous)
+    try attributes.write(checksums.rawValue, as: HDF5.algorithmAttribute, to: dataset)
+    let begin = try offset(of: dataset)
+    return HDF5.ChecksumRows(
+      algorithm: checksums.rawValue, range: begin..<begin + shape[0] * shape[1])
+  }
+
+  /// Where the bytes of a contiguous dataset belong.
+  private func offset(of dataset: borrowing HDF5Handle) throws(HDF5Failure) -> Int {
+    guard let offset = Int(exactly: H5Dget_offset(dataset.id)) else {
+      throw HDF5Library.failure()
+    }
+    return offset
   }
 
   /// Adds the dataset of a tensor.
@@ -82,10 +101,7 @@ struct HDF5Writer: ~Copyable {
       let dataset = try makeDataset(path, stored, dimensions, contiguous)
       try describe(tensor, path, dimensions, in: dataset)
       guard tensor.byteCount > 0 else { return 0 }
-      guard let offset = Int(exactly: H5Dget_offset(dataset.id)) else {
-        throw HDF5Library.failure()
-      }
-      return offset
+      return try offset(of: dataset)
     }
     let creation = try datasetCreation()
     let extent = chunk.map { hsize_t($0) }

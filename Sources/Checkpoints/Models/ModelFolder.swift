@@ -1,4 +1,5 @@
 import Glibc
+import Synchronization
 
 /// A model's folder as Hugging Face has it: the weights in one file or several, and beside
 /// them the configuration, the tokenizer and other small files.
@@ -55,16 +56,27 @@ public enum ModelFolder {
 // MARK: - Writing
 
 extension ModelFolder {
+  /// Begins a folder as the options have it.
+  static func create(_ path: String, _ manifest: Manifest, _ options: WritingOptions)
+    throws(CheckpointError) -> any TensorSink
+  {
+    try create(
+      path, manifest, shardSize: options.shardSize, sideFilesOf: options.sideFilesOf,
+      replacing: options.isReplacing, checksums: options.checksums)
+  }
+
   /// Begins a folder of safetensors files of at most `shardSize` bytes of tensors each.
   ///
   /// Tensors fill the files in order; one that is larger has its own. What fits one file is
   /// written as `model.safetensors`, without an index.
   /// - Parameters:
   ///   - sideFiles: a model's folder, or a file in it, whose other files are copied.
+  ///   - files: small files to write beside the weights, by name; they take the place of copies.
   ///   - isReplacing: whether a folder that is there goes, with all its files.
   public static func create(
     _ path: String, _ manifest: Manifest, shardSize: Int = defaultShardSize,
-    sideFilesOf original: String? = nil, replacing isReplacing: Bool = false,
+    sideFilesOf original: String? = nil, files smallFiles: [String: [UInt8]] = [:],
+    replacing isReplacing: Bool = false,
     checksums: TensorChecksum.Algorithm? = .xxh3
   ) throws(CheckpointError) -> any TensorSink {
     precondition(shardSize > 0)
@@ -98,7 +110,8 @@ extension ModelFolder {
       } catch { throw error.moved(to: "\(folder.destination)/\(file)") }
     }
     return FolderSink(
-      folder, manifest, sinks: sinks, places: places, files: files, original: original)
+      folder, manifest, sinks: sinks, places: places, files: files, original: original,
+      smallFiles: smallFiles)
   }
 
   private static func fiveDigits(_ number: Int) -> String {
@@ -141,11 +154,14 @@ private final class FolderSink: TensorSink {
   /// The sink of each tensor of the manifest.
   private let places: [Int]
   private let files: [(file: String, tensors: [TensorInfo])]
+  private let isComplete = Atomic(false)
   private let original: String?
+  private let smallFiles: [String: [UInt8]]
 
   init(
     _ folder: PendingFolder, _ manifest: Manifest, sinks: [any TensorSink], places: [Int],
-    files: [(file: String, tensors: [TensorInfo])], original: String?
+    files: [(file: String, tensors: [TensorInfo])], original: String?,
+    smallFiles: [String: [UInt8]]
   ) {
     self.folder = folder
     self.manifest = manifest
@@ -153,6 +169,7 @@ private final class FolderSink: TensorSink {
     self.places = places
     self.files = files
     self.original = original
+    self.smallFiles = smallFiles
   }
 
   func write(_ bytes: RawSpan, of tensor: TensorInfo, at offset: Int) throws(CheckpointError) {
@@ -162,12 +179,19 @@ private final class FolderSink: TensorSink {
     }
   }
 
-  func finish() throws(CheckpointError) {
+  func complete() throws(CheckpointError) {
+    guard !isComplete.load(ordering: .relaxed) else { return }
     do {
       for sink in sinks { try sink.finish() }
       if let original {
         let source = isFolder(original) ? original : split(original).folder
         try ModelFolder.copySideFiles(from: source, to: folder.temporaryPath)
+      }
+      for (name, bytes) in smallFiles.sorted(by: { $0.key < $1.key }) {
+        unlink("\(folder.temporaryPath)/\(name)")
+        let file = try File(creating: "\(folder.temporaryPath)/\(name)")
+        try file.write(bytes.span.bytes, at: 0)
+        try file.sync()
       }
       // Last, so that whoever sees an index sees all that it names.
       if files.count > 1 {
@@ -176,11 +200,16 @@ private final class FolderSink: TensorSink {
         try index.write(ShardIndex.describe(files).span.bytes, at: 0)
         try index.sync()
       }
-      try folder.commit()
     } catch {
       throw error.file.hasPrefix(folder.temporaryPath)
         ? error.moved(to: folder.destination) : error
     }
+    isComplete.store(true, ordering: .relaxed)
+  }
+
+  func finish() throws(CheckpointError) {
+    try complete()
+    try folder.commit()
   }
 }
 

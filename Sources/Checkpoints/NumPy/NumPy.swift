@@ -21,10 +21,10 @@ public enum NumPy: CheckpointFormat {
     try NumPySource(archive)
   }
 
-  public static func create(_ path: String, _ manifest: Manifest) throws(CheckpointError)
-    -> any TensorSink
+  public static func create(_ path: String, _ manifest: Manifest, _ options: WritingOptions)
+    throws(CheckpointError) -> any TensorSink
   {
-    try create(path, manifest, isCompressed: false)
+    try create(path, manifest, isCompressed: options.compression != nil)
   }
 
   /// Begins an archive, which `numpy.savez` or `numpy.savez_compressed` could have written.
@@ -166,7 +166,7 @@ private final class NumPySource: TensorSource {
       name: tensor.name, dtype: dtype, shape: dimensions.compactMap { $0 })
     guard let info, NumPy.descr(dtype) == NumPy.descr(tensor.dtype) || dtype.bitWidth <= 8,
       info.byteCount == tensor.byteCount,
-      dtype.bitWidth < 8 || info.shape == tensor.shape
+      tensor.shape == NumPy.shape(info)
     else { return nil }
     return info
   }

@@ -5,6 +5,7 @@ import Synchronization
 final class NumPySink: TensorSink {
   let manifest: Manifest
   private let pending: PendingFile
+  private let isComplete = Atomic(false)
   private let file: File
   private let members: [ZipMember]
   /// Where the elements of each tensor begin, and the directory after all.
@@ -48,7 +49,8 @@ final class NumPySink: TensorSink {
     remaining.wrappingSubtract(bytes.byteCount, ordering: .relaxed)
   }
 
-  func finish() throws(CheckpointError) {
+  func complete() throws(CheckpointError) {
+    guard !isComplete.load(ordering: .relaxed) else { return }
     precondition(remaining.load(ordering: .relaxed) == 0, "a tensor was not wholly written")
     var directory: [UInt8] = []
     let pieces = pieces.withLock { $0 }
@@ -64,6 +66,12 @@ final class NumPySink: TensorSink {
     }
     directory += ZipMember.end(count: members.count, directory.count, at: directoryOffset)
     try file.write(directory.span.bytes, at: directoryOffset)
+    try pending.complete()
+    isComplete.store(true, ordering: .relaxed)
+  }
+
+  func finish() throws(CheckpointError) {
+    try complete()
     try pending.commit()
   }
 }
@@ -73,6 +81,7 @@ final class NumPySink: TensorSink {
 final class CompressedNumPySink: TensorSink {
   let manifest: Manifest
   private let pending: PendingFile
+  private let isComplete = Atomic(false)
   private let offsets: [Int]
   private let temporary: File
   private let remaining: Atomic<Int>
@@ -91,7 +100,8 @@ final class CompressedNumPySink: TensorSink {
     remaining.wrappingSubtract(bytes.byteCount, ordering: .relaxed)
   }
 
-  func finish() throws(CheckpointError) {
+  func complete() throws(CheckpointError) {
+    guard !isComplete.load(ordering: .relaxed) else { return }
     precondition(remaining.load(ordering: .relaxed) == 0, "a tensor was not wholly written")
     let file = try pending.open()
     var directory: [UInt8] = []
@@ -124,6 +134,12 @@ final class CompressedNumPySink: TensorSink {
     }
     directory += ZipMember.end(count: manifest.tensors.count, directory.count, at: offset)
     try file.write(directory.span.bytes, at: offset)
+    try pending.complete()
+    isComplete.store(true, ordering: .relaxed)
+  }
+
+  func finish() throws(CheckpointError) {
+    try complete()
     try pending.commit()
   }
 }

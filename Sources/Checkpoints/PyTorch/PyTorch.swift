@@ -8,8 +8,8 @@ public enum PyTorch: CheckpointFormat {
   /// None: it is not written.
   public static let fileExtensions: [String] = []
 
-  /// More than a million tensors need.
-  private static let largestPickle = 256 << 20
+  /// What a quarter of a million tensors need; a hostile byte can cost 50 of memory.
+  private static let largestPickle = 64 << 20
 
   public static func recognises(_ beginning: [UInt8]) -> Bool {
     beginning.starts(with: [0x50, 0x4B, 0x03, 0x04])
@@ -47,8 +47,8 @@ public enum PyTorch: CheckpointFormat {
     return try PyTorchSource(archive, folder: folder, unpickler, root)
   }
 
-  public static func create(_ path: String, _ manifest: Manifest) throws(CheckpointError)
-    -> any TensorSink
+  public static func create(_ path: String, _ manifest: Manifest, _ options: WritingOptions)
+    throws(CheckpointError) -> any TensorSink
   {
     throw CheckpointError(
       file: path, "would be a PyTorch file, which Smelt only reads", remedy: "write safetensors")
@@ -166,7 +166,7 @@ extension Unpickler {
 
   /// The tensors by name: keys of nested dictionaries and numbers in lists joined by dots.
   /// - Returns: also how many other values there are.
-  fileprivate func named(_ root: Value, file: String) throws(CheckpointError)
+  func named(_ root: Value, file: String) throws(CheckpointError)
     -> (tensors: [(String, Tensor)], leftOut: Int)
   {
     var found: [(String, Tensor)] = []

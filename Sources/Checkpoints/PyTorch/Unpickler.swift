@@ -57,7 +57,7 @@ struct Unpickler {
   private var memo: [Int: Value] = [:]
 
   /// As much as a million tensors need; each takes a byte or more of a hostile file.
-  private static let mostContainers = 8_000_000
+  private static let mostObjects = 8_000_000
 
   init(_ bytes: [UInt8], file: String) {
     self.bytes = LittleEndianReader(bytes, file: file, subject: "its pickle")
@@ -90,7 +90,7 @@ struct Unpickler {
   }
 
   private mutating func push(_ container: Container) throws(CheckpointError) {
-    guard containers.count < Unpickler.mostContainers else { throw malformed("too many objects") }
+    guard containers.count < Unpickler.mostObjects else { throw malformed("too many objects") }
     containers.append(container)
     stack.append(.container(containers.count - 1))
   }
@@ -103,6 +103,7 @@ struct Unpickler {
   }
 
   private mutating func remember(at index: Int) throws(CheckpointError) {
+    guard memo.count < Unpickler.mostObjects else { throw malformed("too many objects") }
     memo[index] = try top()
   }
 
@@ -131,6 +132,9 @@ struct Unpickler {
   /// - Returns: what it describes.
   mutating func load() throws(CheckpointError) -> Value {
     while true {
+      guard stack.count + marks.count < Unpickler.mostObjects else {
+        throw malformed("too many objects")
+      }
       let opcode = UInt8(truncatingIfNeeded: try bytes.unsigned(1))
       switch opcode {
       case 0x80:  // PROTO

@@ -22,10 +22,10 @@ public enum Safetensors: CheckpointFormat {
       file, layout.manifest, offsets: layout.offsets, checksums: layout.checksums?.values)
   }
 
-  public static func create(_ path: String, _ manifest: Manifest) throws(CheckpointError)
-    -> any TensorSink
+  public static func create(_ path: String, _ manifest: Manifest, _ options: WritingOptions)
+    throws(CheckpointError) -> any TensorSink
   {
-    try create(path, manifest, checksums: .xxh3)
+    try create(path, manifest, checksums: options.checksums)
   }
 
   /// Begins a file that records the checksums of its tensors, if it is to.

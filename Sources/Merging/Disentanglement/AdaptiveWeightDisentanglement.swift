@@ -54,6 +54,9 @@ public struct AdaptiveWeightDisentanglement: Sendable, Equatable {
   public static let model = AdaptiveWeightDisentanglement(
     scope: .model, penalty: .norm(0.1), optimizer: .descent(rate: 0.01))
 
+  /// Levenberg–Marquardt is there after five steps.
+  static let convergedIterations = 5
+
   /// The presets by the names that recipes and metadata use.
   public static let presets = ["awd-row": row, "awd-model": model]
 
@@ -111,10 +114,12 @@ public struct AdaptiveWeightDisentanglement: Sendable, Equatable {
   ) -> Solution {
     var penalty = penalty.coefficient
     if case .converged = optimizer { penalty = 0 }
-    let gram = gram.isFinite ? gram : GramMatrix(order: gram.order)
+    let isSolvable = gram.isFinite
+    let gram = isSolvable ? gram : GramMatrix(order: gram.order)
     let isSquared = objective == .squared
     let slope = Descent.slope(gram, squared: isSquared, epsilon: epsilon) / Double(rowCount)
-    let report = DisentanglementReport(gram, coefficients, penalty: penalty, threshold: slope)
+    var report = DisentanglementReport(gram, coefficients, penalty: penalty, threshold: slope)
+    report.unsolvableGroups = isSolvable ? 0 : 1
     return Solution(coefficients: coefficients, loss: loss, report: report)
   }
 }

@@ -1,3 +1,5 @@
+import CKernels
+
 /// The inner products of k vectors: all that most merge methods need to know of them.
 ///
 /// Sums are taken in sixteen Float lanes over blocks of 1024 elements and folded into Double
@@ -21,22 +23,25 @@ public struct GramMatrix: Equatable, Sendable {
     self.elements = elements
   }
 
-  public subscript(row: Int, column: Int) -> Double { elements[row * order + column] }
+  public internal(set) subscript(row: Int, column: Int) -> Double {
+    get { elements[row * order + column] }
+    set { elements[row * order + column] = newValue }
+  }
 
   /// Adds the inner products of `order` rows of `columns` elements; row r begins at `r * stride`.
   public mutating func add(_ rows: Span<Float>, stride: Int, columns: Int) {
-    var start = 0
-    while start < columns {
-      let count = min(1024, columns - start)
-      for i in 0..<order {
-        for j in i..<order {
-          let product = shortDotProduct(rows, i * stride + start, j * stride + start, count)
-          elements[i * order + j] += product
-          if i != j { elements[j * order + i] += product }
-        }
+    guard order > 0, columns > 0 else { return }
+    precondition(stride >= 0 && (order - 1) * stride + columns <= rows.count)
+    // Sound: the kernel reads the rows that were just checked and writes order² numbers.
+    rows.withUnsafeBufferPointer { rows in
+      elements.withUnsafeMutableBufferPointer { elements in
+        smelt_gram_add(rows.baseAddress, stride, columns, order, elements.baseAddress)
       }
-      start += count
     }
+  }
+
+  mutating func clear() {
+    for index in elements.indices { elements[index] = 0 }
   }
 
   /// Adds the matrix of other elements of the same vectors.
@@ -50,7 +55,9 @@ public struct GramMatrix: Equatable, Sendable {
     let scales = (0..<order).map { self[$0, $0] > 0 ? 1 / self[$0, $0].squareRoot() : 0 }
     var result = self
     for i in 0..<order {
-      for j in 0..<order { result.elements[i * order + j] *= scales[i] * scales[j] }
+      for j in 0..<order {
+        result[i, j] = i == j && scales[i] > 0 ? 1 : result[i, j] * scales[i] * scales[j]
+      }
     }
     return result
   }
@@ -58,9 +65,12 @@ public struct GramMatrix: Equatable, Sendable {
   /// The mean of |cos| over all pairs of different vectors.
   public var meanAbsoluteCosine: Double {
     guard order > 1 else { return 0 }
-    let cosines = cosines
     var sum = 0.0
-    for i in 0..<order { for j in 0..<i { sum += abs(cosines[i, j]) } }
+    for i in 0..<order where self[i, i] > 0 {
+      for j in 0..<i where self[j, j] > 0 {
+        sum += abs(self[i, j]) / (self[i, i].squareRoot() * self[j, j].squareRoot())
+      }
+    }
     return sum * 2 / Double(order * (order - 1))
   }
 
@@ -88,11 +98,6 @@ public func dotProduct(_ left: Span<Float>, _ right: Span<Float>) -> Double {
     start += count
   }
   return sum
-}
-
-private func shortDotProduct(_ rows: Span<Float>, _ left: Int, _ right: Int, _ count: Int) -> Double
-{
-  shortDotProduct(rows, left, rows, right, count)
 }
 
 /// The inner product of at most 1024 elements of each span.

@@ -20,6 +20,8 @@ struct TokenBatch: Sendable {
 struct TokenStates: Sendable {
   private(set) var batches: [TokenBatch]
 
+  fileprivate init(batches: [TokenBatch]) { self.batches = batches }
+
   /// Rows of a matrix that make its product fast, and no more of them than are needed for that.
   static let rowsPerBatch = 256
 
@@ -66,6 +68,20 @@ struct TokenStates: Sendable {
     return stacked
   }
 
+  /// Goes through a layer up to its MLP.
+  func mlpInputs(of layer: TransformerLayer, workers: Int) throws -> MLPInputs {
+    let residuals = StepResults<TokenBatch>(count: batches.count)
+    let inputs = StepResults<TokenBatch>(count: batches.count)
+    try forEachStep(count: batches.count, workers: workers) {
+    } body: { step, _ in
+      let batch = batches[step]
+      let (residual, input) = layer.beforeMLP(batch.states, samples: batch.rows)
+      residuals[step] = batch.with(residual)
+      inputs[step] = batch.with(input)
+    }
+    return MLPInputs(layer: layer, residuals: residuals.all, batches: inputs.all)
+  }
+
   /// Goes through a layer, showing what its MLP sees.
   mutating func advance(
     through layer: TransformerLayer, _ mlp: LayerMLP, workers: Int,
@@ -82,6 +98,26 @@ struct TokenStates: Sendable {
       after[step] = batch.with(layer.afterMLP(residual: residual, output: output))
     }
     batches = after.all
+  }
+}
+
+/// Samples halfway through a layer: at its MLP.
+struct MLPInputs: Sendable {
+  fileprivate let layer: TransformerLayer
+  fileprivate let residuals: [TokenBatch]
+  let batches: [TokenBatch]
+
+  /// Goes on through the MLP to the next layer.
+  func advanced(through mlp: LayerMLP, workers: Int) throws -> TokenStates {
+    let after = StepResults<TokenBatch>(count: batches.count)
+    try forEachStep(count: batches.count, workers: workers) {
+    } body: { step, _ in
+      let batch = batches[step]
+      let output = mlp(batch.states, samples: batch.rows)
+      let residual = residuals[step].states
+      after[step] = batch.with(layer.afterMLP(residual: residual, output: output))
+    }
+    return TokenStates(batches: after.all)
   }
 }
 

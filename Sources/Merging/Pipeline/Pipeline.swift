@@ -36,6 +36,7 @@ public struct Step<Operation: TileOperation>: Sendable {
   /// The cuts are fixed, so that neither workers nor budget show in a sum over a step.
   static func covering(_ inputs: [Place], outputs: [Place], with operation: Operation) -> [Step] {
     let count = inputs[0].tensor.elementCount
+    guard count > 0 else { return [] }
     let stride = max(1, (4 << 20) / operation.grain) * operation.grain
     return Swift.stride(from: 0, to: count, by: stride).map { begin in
       Step(
@@ -82,10 +83,12 @@ public struct Pipeline: Sendable {
     let outputRows = steps.map { $0.outputs.count }.max()!
     let bytesPerColumn = 4 * (inputRows + outputRows) + 8
     let largestStep = steps.map { $0.elements.count }.max()!
-    let capacity = min(memory / max(workers, 1) / bytesPerColumn, largestStep)
+    let largestGrain = steps.map { $0.operation.grain }.max()!
+    let capacity = min(
+      memory / max(workers, 1) / bytesPerColumn, max(largestStep, largestGrain))
     for step in steps where step.operation.grain > max(capacity, 1) {
       throw MergeError(
-        "tensor \(quoted(step.outputs[0].tensor.name)) needs \(step.operation.grain * bytesPerColumn * workers) bytes for a row of \(step.operation.grain) elements of every model; the budget is \(memory)",
+        "tensor \(quoted((step.outputs.first ?? step.inputs[0]).tensor.name)) needs \(step.operation.grain * bytesPerColumn) bytes for a row of \(step.operation.grain) elements of every model; a worker's share of the budget is \(memory / workers)",
         remedy: "give it more with --memory or use fewer --jobs")
     }
     let summaries = StepResults<Operation.Summary>(count: steps.count)

@@ -1,3 +1,5 @@
+import CKernels
+
 /// A matrix of models × elements: one row a model, the same range of one tensor in each.
 ///
 /// Its memory is taken once, for as many columns as the budget allows, and filled again and
@@ -69,6 +71,12 @@ extension Tile {
     _ = buffer(row).update(from: other.buffer(otherRow))
   }
 
+  /// self[row] = self[other]
+  mutating func copyRow(_ row: Int, fromRow other: Int) {
+    precondition(row != other)
+    _ = buffer(row).update(from: buffer(other))
+  }
+
   /// self[row] −= self[other]
   mutating func subtract(row other: Int, from row: Int) {
     precondition(row != other)
@@ -86,10 +94,119 @@ extension Tile {
     for i in columns { target[i] -= source[i] }
   }
 
-  /// self[0] += weight · other[row], in some columns only
-  mutating func add(_ other: borrowing Tile, row: Int, times weight: Float, columns: Range<Int>) {
-    let target = buffer(0)
-    let source = other.buffer(row)
+  /// self[row] += other[otherRow]
+  mutating func add(_ other: borrowing Tile, row otherRow: Int, to row: Int) {
+    precondition(columns == other.columns)
+    let target = buffer(row)
+    let source = other.buffer(otherRow)
+    for i in 0..<columns { target[i] += source[i] }
+  }
+
+  /// self[row] += weight · other[otherRow], in some columns only
+  mutating func add(
+    _ other: borrowing Tile, row otherRow: Int, to row: Int, times weight: Float,
+    columns: Range<Int>
+  ) {
+    let target = buffer(row)
+    let source = other.buffer(otherRow)
     for i in columns { target[i] += weight * source[i] }
+  }
+
+  /// self[row] ·= factor
+  mutating func multiply(row: Int, by factor: Float) {
+    let target = buffer(row)
+    for i in 0..<columns { target[i] *= factor }
+  }
+
+  /// self[row] /= divisor
+  mutating func divide(row: Int, by divisor: Float) {
+    let target = buffer(row)
+    for i in 0..<columns { target[i] /= divisor }
+  }
+
+  /// self[row] /= self[divisors], where a divisor of zero counts as one
+  mutating func divide(row: Int, byRow divisors: Int) {
+    precondition(row != divisors)
+    let target = buffer(row)
+    let divisors = buffer(divisors)
+    for i in 0..<columns { target[i] /= divisors[i] == 0 ? 1 : divisors[i] }
+  }
+
+  /// Adds the elements of other[row] that have the sign of self[signs] to self[sum], and where
+  /// they have it their weight to self[weights]. The sign of zero is plus; a zero has none.
+  mutating func addAgreeing(
+    _ other: borrowing Tile, row: Int, weight: Float, sum: Int, signs: Int, weights: Int
+  ) {
+    precondition(columns == other.columns && sum != signs && signs != weights && sum != weights)
+    let source = other.buffer(row)
+    let (sum, signs, weights) = (buffer(sum), buffer(signs), buffer(weights))
+    for i in 0..<columns {
+      let value = source[i]
+      let agrees = signs[i] >= 0 ? value > 0 : value < 0
+      sum[i] += agrees ? value : 0
+      weights[i] += agrees ? weight : 0
+    }
+  }
+
+  /// self[row] = fma(other[otherRow], weight, self[row]), rounded once an element
+  mutating func addFused(
+    to row: Int, _ other: borrowing Tile, row otherRow: Int, times weight: Float
+  ) {
+    precondition(columns == other.columns)
+    let target = buffer(row)
+    let source = other.buffer(otherRow)
+    guard columns > 0 else { return }
+    smelt_accumulate(target.baseAddress!, source.baseAddress!, weight, columns)
+  }
+
+  /// self[row] /= self[divisors], where a divisor below `least` counts as that
+  mutating func divide(row: Int, byRow divisors: Int, atLeast least: Float) {
+    precondition(row != divisors)
+    let target = buffer(row)
+    let divisors = buffer(divisors)
+    for i in 0..<columns { target[i] /= max(divisors[i], least) }
+  }
+
+  /// As `addAgreeing`, but what is added is weight · value.
+  mutating func addAgreeingProducts(
+    _ other: borrowing Tile, row: Int, weight: Float, sum: Int, signs: Int, weights: Int
+  ) {
+    precondition(columns == other.columns && sum != signs && signs != weights && sum != weights)
+    let source = other.buffer(row)
+    let (sum, signs, weights) = (buffer(sum), buffer(signs), buffer(weights))
+    for i in 0..<columns {
+      let value = source[i]
+      let agrees = signs[i] >= 0 ? value > 0 : value < 0
+      sum[i] += agrees ? value * weight : 0
+      weights[i] += agrees ? weight : 0
+    }
+  }
+
+  /// self[row] += (other[otherRow] − self[centre])²
+  mutating func addSquaredDistance(
+    to row: Int, _ other: borrowing Tile, row otherRow: Int, from centre: Int
+  ) {
+    precondition(columns == other.columns && row != centre)
+    let (target, centre, source) = (buffer(row), buffer(centre), other.buffer(otherRow))
+    for i in 0..<columns {
+      let distance = source[i] - centre[i]
+      target[i] += distance * distance
+    }
+  }
+
+  /// Sets self[row] to zero wherever other[mask] is zero.
+  mutating func clear(row: Int, where other: borrowing Tile, isZero mask: Int) {
+    precondition(columns == other.columns)
+    let (target, mask) = (buffer(row), other.buffer(mask))
+    for i in 0..<columns { target[i] = mask[i] == 0 ? 0 : target[i] }
+  }
+
+  /// self[0] += other[row] − other[base] wherever self[1] is at least `threshold`
+  mutating func addWhere(
+    _ other: borrowing Tile, row: Int, minus base: Int, atLeast threshold: Float
+  ) {
+    precondition(columns == other.columns)
+    let (target, mask, row, base) = (buffer(0), buffer(1), other.buffer(row), other.buffer(base))
+    for i in 0..<columns { target[i] += mask[i] >= threshold ? row[i] - base[i] : 0 }
   }
 }

@@ -7,8 +7,8 @@ extension Upscaling {
   /// A singular value decomposition needs the whole matrix: as many workers take part as have
   /// room for one in the budget.
   func writeFactors(
-    into mixture: any TensorSink, memory: Int, workers: Int,
-    _ distances: inout [String: CodingDistance]
+    into mixture: any TensorSink, _ cleanings: [String: TensorCleaning], memory: Int,
+    workers: Int, _ distances: inout [String: CodingDistance]
   ) throws {
     let tasks = modules.flatMap { $0.tensors }.compactMap {
       name -> (tensor: TensorInfo, rank: Int)? in
@@ -25,12 +25,14 @@ extension Upscaling {
         remedy: "give it more with --memory or store the task vectors in another way")
     }
     let count = family.experts.count
+    let cleanings = cleanings
     let found = StepResults<CodingDistance>(count: tasks.count * count)
     try forEachStep(count: tasks.count * count, workers: workers) {
     } body: { step, _ in
       let (tensor, rank) = tasks[step / count]
       found[step] = try writeFactors(
-        of: tensor, expert: step % count, rank: rank, into: mixture, memory: tile / workers)
+        of: tensor, cleanings[tensor.name] ?? .none, expert: step % count, rank: rank,
+        into: mixture, memory: tile / workers)
     }
     for (step, distance) in found.all.enumerated() {
       distances[member(tasks[step / count].tensor)!.taskVectorName(step % count)] = distance
@@ -45,10 +47,11 @@ extension Upscaling {
   }
 
   private func writeFactors(
-    of tensor: TensorInfo, expert: Int, rank: Int, into mixture: any TensorSink, memory: Int
+    of tensor: TensorInfo, _ cleaning: TensorCleaning, expert: Int, rank: Int,
+    into mixture: any TensorSink, memory: Int
   ) throws -> CodingDistance {
     let name = member(tensor)!.taskVectorName(expert)
-    var unpruned = operation(for: tensor)
+    var unpruned = operation(for: tensor, cleaning)
     unpruned.thresholds = nil
     let collected = Collection(of: tensor, row: expert + 1)
     try Pipeline(from: family.sources, into: [collected], memory: memory, workers: 1).run([
@@ -116,5 +119,6 @@ private final class Collection: TensorSink {
     collected.withLock { $0 += piece }
   }
 
+  func complete() {}
   func finish() {}
 }

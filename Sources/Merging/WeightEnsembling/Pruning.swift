@@ -27,22 +27,25 @@ extension Upscaling {
   public mutating func survey(memory: Int, workers: Int) throws {
     guard surveyPasses > 0 else { return }
     let tensors = modules.flatMap { $0.tensors }.map { family.base.manifest[$0]! }
+    let cleanings = try cleanings(memory: memory, workers: workers)
     var found: [String: PrunedTensor] = [:]
     // As many tensors together as there are workers: their counters are what takes memory.
     for start in stride(from: 0, to: tensors.count, by: workers) {
       let batch = Array(tensors[start..<min(start + workers, tensors.count)])
-      let pruned = try prune(batch, memory: memory, workers: workers)
+      let pruned = try prune(batch, cleanings, memory: memory, workers: workers)
       for (tensor, pruned) in zip(batch, pruned) { found[tensor.name] = pruned }
     }
     take(found)
   }
 
   private func prune(
-    _ tensors: [TensorInfo], memory: Int, workers: Int
+    _ tensors: [TensorInfo], _ cleanings: [String: TensorCleaning], memory: Int, workers: Int
   ) throws -> [PrunedTensor] {
     func pass(_ observe: (Int) -> VectorSurvey.Observation) throws -> [VectorSurvey.Observation] {
       let steps = tensors.enumerated().map { index, tensor in
-        let survey = VectorSurvey(operation: operation(for: tensor), observation: observe(index))
+        let survey = VectorSurvey(
+          operation: operation(for: tensor, cleanings[tensor.name] ?? .none),
+          observation: observe(index))
         return Step(
           whole: family.places(of: tensor),
           outputs: Array(repeating: (0, tensor), count: 1 + family.experts.count), with: survey)
@@ -133,5 +136,6 @@ extension PrunedTensor.Expert {
 struct DiscardingSink: TensorSink {
   var manifest: Manifest { Manifest([]) }
   func write(_ bytes: RawSpan, of tensor: TensorInfo, at offset: Int) {}
+  func complete() {}
   func finish() {}
 }

@@ -108,8 +108,8 @@ public struct SparseMixture: Sendable {
           family.places(of: tensor), outputs: [(0, manifest[tensor.name]!)],
           with: UpscalingOperation(
             experts: family.experts.count, isModule: false, scaling: scaling,
-            storedType: tensor.dtype, cleaning: nil, rowLength: tensor.rowLength,
-            rowCount: tensor.rowCount, codingGrain: 1, isCoded: false))
+            storedType: tensor.dtype, cleaning: .none, elementCount: tensor.elementCount,
+            codingGrain: 1, isCoded: false))
       })
     try pipeline.run(
       modules.flatMap { module in

@@ -75,6 +75,7 @@ final class TaskVectorSink: TensorSink {
     vector.progress.withLock { $0 = progress }
   }
 
+  func complete() throws(CheckpointError) { try sink.complete() }
   func finish() throws(CheckpointError) { try sink.finish() }
 
   private func writeSparse(

@@ -25,7 +25,7 @@ public struct Upscaling: Sendable {
     public var routerDepth = 2
     public var seed: UInt64 = 0
     /// Cleans the task vectors first; the mixture is then in the shared form.
-    public var cleaning: AdaptiveWeightDisentanglement?
+    public var cleaning: Cleaning?
     /// Where the MLPs are.
     public var mlps = TransformerMLP.families
     /// The numbers of the layers to upscale; `nil` for all.

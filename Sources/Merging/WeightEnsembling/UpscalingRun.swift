@@ -3,8 +3,8 @@ public import Checkpoints
 extension Upscaling {
   /// What was found out on the way.
   public struct Report: Sendable {
-    /// Inner products of the task vectors before and after cleaning, all cleaned tensors together.
-    public fileprivate(set) var cleaning: (before: GramMatrix, after: GramMatrix)?
+    /// What the cleaning did.
+    public fileprivate(set) var cleaning: DisentanglementSummary?
     /// ‖stored − τ‖/‖τ‖ of each expert, all its MLPs together: what pruning and storage cost.
     public fileprivate(set) var errors: [Double]?
   }
@@ -22,24 +22,34 @@ extension Upscaling {
     let pipeline = Pipeline(
       from: family.sources, into: [sink] + (taskVectors.map { [$0] } ?? []), memory: memory,
       workers: workers)
-    let steps = family.base.manifest.tensors.filter { $0.dtype.isArithmetic }.flatMap {
-      self.steps(for: $0, into: sink.manifest, withTaskVectors: taskVectors != nil)
+    var cleanings: [String: TensorCleaning] = [:]
+    func write(_ parts: [(tensor: TensorInfo, cleaning: TensorCleaning)]) throws
+      -> [TensorFindings]
+    {
+      for part in parts { cleanings[part.tensor.name] = part.cleaning }
+      let steps = parts.map {
+        self.steps(
+          for: $0.tensor, $0.cleaning, into: sink.manifest, withTaskVectors: taskVectors != nil)
+      }
+      let findings = try pipeline.run(steps.flatMap { $0 })
+      return fold(findings, steps.map { $0.count }) { $0 += $1 }
+        .map { $0 ?? TensorFindings(experts: family.experts.count) }
     }
-    let summaries = try pipeline.run(steps)
+    var report = Report()
+    if let cleaning = options.cleaning {
+      report.cleaning = try cleaning.run(
+        on: family, grams: nil, memory: memory, workers: workers, write: write)
+    } else {
+      let tensors = family.base.manifest.tensors.filter { $0.dtype.isArithmetic }
+      _ = try write(tensors.map { ($0, .none) })
+    }
     var distances = sink.errors
-    try writeFactors(into: mixture, memory: memory, workers: workers, &distances)
+    try writeFactors(
+      into: mixture, cleanings, memory: memory, workers: workers, &distances)
     try copyTheRest(into: mixture, workers: workers)
     try InitialRouters(gates: storedGates, seed: options.seed, mixture: options.scaling)
       .write(into: mixture, workers: workers)
 
-    var report = Report()
-    if options.cleaning != nil {
-      let none = GramMatrix(order: family.experts.count)
-      report.cleaning = summaries.reduce(into: (before: none, after: none)) { sum, summary in
-        sum.before += summary.before
-        sum.after += summary.after
-      }
-    }
     if !coded.isEmpty || options.pruning != nil { report.errors = errors(distances) }
     return report
   }
@@ -76,9 +86,10 @@ extension Upscaling {
   }
 
   private func steps(
-    for tensor: TensorInfo, into mixture: Manifest, withTaskVectors: Bool
+    for tensor: TensorInfo, _ cleaning: TensorCleaning, into mixture: Manifest,
+    withTaskVectors: Bool
   ) -> [Step<UpscalingOperation>] {
-    var operation = operation(for: tensor)
+    var operation = operation(for: tensor, cleaning)
     operation.writesTaskVectors = withTaskVectors
     var outputs: [(file: Int, tensor: TensorInfo)]
     if let member = member(tensor) {
@@ -93,16 +104,25 @@ extension Upscaling {
     return operation.steps(family.places(of: tensor), outputs: outputs)
   }
 
+  /// How every tensor is cleaned; what shares a redundant vector wider than a row is read for it.
+  func cleanings(memory: Int, workers: Int) throws -> [String: TensorCleaning] {
+    var cleanings: [String: TensorCleaning] = [:]
+    _ = try options.cleaning?.run(on: family, grams: nil, memory: memory, workers: workers) {
+      parts in
+      for part in parts { cleanings[part.tensor.name] = part.cleaning }
+      return parts.map { _ in TensorFindings(experts: family.experts.count) }
+    }
+    return cleanings
+  }
+
   /// The arithmetic of one tensor.
-  func operation(for tensor: TensorInfo) -> UpscalingOperation {
-    let isCleaned = options.cleaning != nil && AdaptiveWeightDisentanglement.cleansRows(of: tensor)
+  func operation(for tensor: TensorInfo, _ cleaning: TensorCleaning) -> UpscalingOperation {
     let isModule = member(tensor) != nil
     let coding = isModule ? coding(of: tensor) : .dense
     return UpscalingOperation(
       experts: family.experts.count, isModule: isModule,
       scaling: options.scaling, storedType: tensor.dtype,
-      cleaning: isCleaned ? options.cleaning : nil, rowLength: tensor.rowLength,
-      rowCount: tensor.rowCount,
+      cleaning: cleaning, elementCount: tensor.elementCount,
       thresholds: isModule && options.pruning != nil
         ? pruned[tensor.name]?.experts.map { $0.threshold } : nil,
       codingGrain: min(coding.grain(of: tensor), max(1, tensor.elementCount)),
@@ -138,19 +158,13 @@ extension TensorSource {
 /// Out come the merged tensor, or for an MLP the module's base and task vectors; behind them,
 /// if they are asked for, the task vectors as such.
 struct UpscalingOperation: TileOperation {
-  struct Summary: Sendable {
-    var before: GramMatrix
-    var after: GramMatrix
-  }
-
   let experts: Int
   let isModule: Bool
   var writesTaskVectors = false
   let scaling: Float
   let storedType: DType
-  let cleaning: AdaptiveWeightDisentanglement?
-  let rowLength: Int
-  let rowCount: Int
+  let cleaning: TensorCleaning
+  let elementCount: Int
   /// What a magnitude must exceed to be kept, for every expert.
   var thresholds: [Double]?
   /// Elements that are coded together.
@@ -158,9 +172,9 @@ struct UpscalingOperation: TileOperation {
   let isCoded: Bool
 
   var grain: Int {
-    guard cleaning != nil else { return codingGrain }
-    guard !rowLength.isMultiple(of: codingGrain) else { return rowLength }
-    return rowLength * min(codingGrain, rowCount)
+    let length = cleaning.grain
+    if codingGrain.isMultiple(of: length) { return codingGrain }
+    return length.isMultiple(of: codingGrain) ? length : min(length * codingGrain, elementCount)
   }
 
   /// Coded vectors are written in order, by one worker: the whole tensor is a step.
@@ -171,22 +185,17 @@ struct UpscalingOperation: TileOperation {
     return [Step(whole: inputs, outputs: outputs, with: self)]
   }
 
-  func makeSummary() -> Summary {
-    Summary(before: GramMatrix(order: experts), after: GramMatrix(order: experts))
-  }
+  func makeSummary() -> TensorFindings { TensorFindings(experts: experts) }
 
-  func apply(_ input: inout Tile, into output: inout Tile, summary: inout Summary) {
+  func apply(_ input: inout Tile, into output: inout Tile, summary: inout TensorFindings) {
     if isModule {
       for row in 1...experts { output.copyRow(row, from: input, row) }
     }
     for row in 1...experts { input.subtract(row: 0, from: row) }
     // Row 0 of the output holds the redundant vector until the result takes its place.
-    output.clear(row: 0)
-    if let cleaning {
-      for begin in stride(from: 0, to: input.columns, by: rowLength) {
-        clean(begin..<begin + rowLength, of: &input, output: &output, by: cleaning, &summary)
-      }
-    }
+    let vectors = cleaning.redundantVectors(
+      in: input, from: 1, experts: experts, findings: &summary)
+    input.takeOut(vectors, from: 1, keeping: &output, row: 0)
     if writesTaskVectors {
       let first = isModule ? experts + 1 : 1
       for expert in 0..<experts { output.copyRow(first + expert, from: input, expert + 1) }
@@ -209,34 +218,5 @@ struct UpscalingOperation: TileOperation {
       for row in 1..<experts { add(input[row + 1], times: 1, into: &result) }
       scale(&result, by: scaling, onto: input[0])
     }
-  }
-
-  /// Takes the redundant vector of one row out of the task vectors.
-  private func clean(
-    _ row: Range<Int>, of input: inout Tile, output: inout Tile,
-    by cleaning: AdaptiveWeightDisentanglement, _ summary: inout Summary
-  ) {
-    var gram = GramMatrix(order: experts)
-    gram.add(
-      input.rows(from: 1).extracting(droppingFirst: row.lowerBound), stride: input.capacity,
-      columns: row.count)
-    let solution = cleaning.solve(gram, rowCount: rowCount)
-    for expert in 0..<experts {
-      output.add(
-        input, row: expert + 1, times: Float(solution.coefficients[expert]), columns: row)
-    }
-    for expert in 0..<experts { input.subtract(output, row: 0, from: expert + 1, columns: row) }
-    summary.before += gram
-    summary.after += CleanedProducts(gram, solution.coefficients).products
-  }
-}
-
-extension AdaptiveWeightDisentanglement {
-  /// Whether the row scope cleans this tensor: weight matrices, but not embeddings and heads;
-  /// biases and norms are left as they are.
-  static func cleansRows(of tensor: TensorInfo) -> Bool {
-    let name = tensor.name.lowercased()
-    let excluded = ["embed", "wte", "wpe", "head", "classifier"]
-    return tensor.shape.count == 2 && !excluded.contains { name.contains($0) }
   }
 }

@@ -1,0 +1,89 @@
+"""Merging beside mergekit, and beside reading the inputs and writing the output with plain tools.
+
+    Scripts/setup --python && swift build -c release --product smelt
+    python3 -m venv .venv-mergekit && .venv-mergekit/bin/pip install mergekit==0.1.5
+    .venv/bin/python Benchmarks/merge.py --mergekit .venv-mergekit/bin/mergekit-yaml [FOLDER]
+
+Makes a base and three fine-tunes of 1 GB each (--gigabytes) in FOLDER (default: a temporary one)
+unless they are there, and merges them by each method. Without --mergekit only Smelt and the plain
+tools are timed. The caches are warm, unless --cold drops them before every run.
+"""
+
+import argparse
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from pairs import Side, compare
+
+SMELT = Path(__file__).parents[1] / ".build" / "release" / "smelt"
+
+RECIPES = {
+    "linear": (None, "weight: 0.3", (1, 2, 3)),
+    "task_arithmetic": (0, "weight: 0.3", (1, 2, 3)),
+    "slerp": (0, None, (0, 1)),
+    "ties": (0, "weight: 0.3, density: 0.5", (1, 2, 3)),
+    "dare_ties": (0, "weight: 0.3, density: 0.5", (1, 2, 3)),
+}
+
+
+def recipe(folder, method):
+    base, parameters, models = RECIPES[method]
+    lines = [f"merge_method: {method}", "dtype: bfloat16"]
+    if base is not None:
+        lines.append(f"base_model: {folder}/model{base}")
+    lines.append("models:")
+    for model in models:
+        lines.append(f"  - model: {folder}/model{model}")
+        if parameters:
+            lines.append(f"    parameters: {{{parameters}}}")
+    if method == "slerp":
+        lines.append("parameters: {t: 0.4}")
+    path = folder / f"{method}.yml"
+    path.write_text("\n".join(lines) + "\n")
+    inputs = sorted(set(models) | ({base} - {None}))
+    return path, [folder / f"model{model}" / "model.safetensors" for model in inputs]
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", nargs="?", type=Path)
+    parser.add_argument("--mergekit", type=Path)
+    parser.add_argument("--gigabytes", type=float, default=1)
+    parser.add_argument("--methods", nargs="*", default=list(RECIPES))
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--memory", default="160MiB")
+    parser.add_argument("--cold", action="store_true")
+    options = parser.parse_args()
+    folder = options.folder or Path(tempfile.mkdtemp())
+    if not (folder / "model3" / "model.safetensors").exists():
+        maker = Path(__file__).parent / "merge_models.py"
+        subprocess.run(
+            [sys.executable, maker, folder, "--gigabytes", str(options.gigabytes)], check=True
+        )
+    for method in options.methods:
+        path, inputs = recipe(folder, method)
+        smelt = Side(
+            f"smelt {method}", [
+                SMELT, "merge", "--quiet", "--memory", options.memory, path, folder / "by-smelt",
+            ],
+            outputs=[folder / "by-smelt"],
+        )
+        read = " ".join(map(str, inputs))
+        plain = Side(
+            "cat inputs, cp and sync one",
+            ["sh", "-c", f"cat {read} > /dev/null && cp {inputs[0]} {folder}/copy && sync {folder}/copy"],
+            outputs=[folder / "copy"],
+        )
+        print(compare(smelt, plain, runs=options.runs, cold=options.cold), flush=True)
+        if options.mergekit:
+            theirs = Side(
+                f"mergekit {method}", [options.mergekit, path, folder / "by-mergekit"],
+                outputs=[folder / "by-mergekit"],
+            )
+            print(compare(smelt, theirs, runs=options.runs, cold=options.cold), flush=True)
+
+
+if __name__ == "__main__":
+    main()

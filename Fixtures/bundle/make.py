@@ -1,0 +1,50 @@
+"""Makes good.safetensors, packs it with $SMELT and damages copies of the bundle."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import zstandard
+from safetensors.numpy import save_file
+
+HERE = Path(__file__).parent
+random = np.random.default_rng(0)
+
+
+def normal(*shape):
+    return random.standard_normal(shape, dtype=np.float32) * np.float32(0.02)
+
+
+first = normal(64, 32)
+pruned = normal(4000)
+pruned[np.abs(pruned) < 0.03] = 0
+tensors = {
+    "experts.0.weight": first.astype(ml_dtypes.bfloat16),
+    "experts.1.weight": (first + normal(64, 32) * np.float32(0.01)).astype(ml_dtypes.bfloat16),
+    "experts.2.weight": first.astype(ml_dtypes.bfloat16),
+    "half": normal(300).astype(np.float16),
+    "pruned": pruned.astype(ml_dtypes.bfloat16),
+    "single": normal(300),
+    "small": normal(500).astype(ml_dtypes.float8_e5m2),
+    "ids": np.arange(5),
+    "empty": np.zeros((0, 3), np.float32),
+}
+save_file(tensors, HERE / "good.safetensors", metadata={"format": "pt"})
+good = HERE / "good.safetensors.zst"
+subprocess.run([os.environ["SMELT"], "pack", HERE / "good.safetensors", good], check=True)
+
+whole = good.read_bytes()
+flipped = bytearray(whole)
+flipped[len(whole) // 2] ^= 1
+table = bytearray(whole)
+table[-9 - 8 - 8] ^= 1  # The compressed size of the last frame that holds something.
+content = (HERE / "good.safetensors").read_bytes()
+for name, data in {
+    "truncated": whole[:-1],
+    "flipped": flipped,
+    "lying-table": table,
+    "no-table": zstandard.ZstdCompressor(write_checksum=True).compress(content),
+}.items():
+    (HERE / f"bad-{name}.safetensors.zst").write_bytes(data)

@@ -1,0 +1,49 @@
+extension HDF5 {
+  /// The dataset of the tensors' checksums, [tensors, bytes of a checksum], in the metadata's
+  /// group. Rows are in the order of the UTF-8 bytes of the tensors' names, which no layout
+  /// changes; the attribute `algorithm` says of what kind they are.
+  static let checksumsDataset = "checksums"
+  static let algorithmAttribute = "algorithm"
+
+  /// Where a file has its checksums.
+  struct ChecksumRows: Equatable, Sendable {
+    let algorithm: String
+    let range: Range<Int>
+  }
+}
+
+extension HDF5.ChecksumRows {
+  /// Puts the checksums of the manifest's tensors into their rows.
+  func write(_ checksums: TensorChecksums, of manifest: Manifest, to file: borrowing File)
+    throws(CheckpointError)
+  {
+    let rows = manifest.positionsByName.flatMap { checksums[$0].bytes }
+    try file.write(rows.span.bytes, at: range.lowerBound)
+  }
+
+  /// The checksums of the manifest's tensors, or nil where they cannot be those: someone may
+  /// have edited the file since, or written it with a later version.
+  func read(for manifest: Manifest, from path: String) throws(CheckpointError) -> TensorChecksums? {
+    guard let algorithm = TensorChecksum.Algorithm(rawValue: algorithm),
+      range.count == manifest.tensors.count * algorithm.width,
+      range.upperBound <= (try fileSize(path))
+    else { return nil }
+    let rows = try File(reading: path).bytes(at: range.lowerBound, count: range.count)
+    var bytes = rows
+    for (row, position) in manifest.positionsByName.enumerated() {
+      for byte in 0..<algorithm.width {
+        bytes[position * algorithm.width + byte] = rows[row * algorithm.width + byte]
+      }
+    }
+    return TensorChecksums(algorithm, bytes: bytes)
+  }
+}
+
+extension Manifest {
+  /// Where the tensors stand, in the order of the UTF-8 bytes of their names.
+  fileprivate var positionsByName: [Int] {
+    tensors.indices.sorted {
+      tensors[$0].name.utf8.lexicographicallyPrecedes(tensors[$1].name.utf8)
+    }
+  }
+}

@@ -1,0 +1,336 @@
+/// Task arithmetic and its relatives: each difference is sparsified, weighted, and added up,
+/// with or without an election of the sign.
+///
+/// TIES (Yadav et al., arXiv 2306.01708), DARE (Yu et al., arXiv 2311.03099), DELLA (Deep et
+/// al., arXiv 2406.11617), Model Breadcrumbs (Davari and Belilovsky, arXiv 2312.06795): all are
+/// presets of this one.
+struct SignConsensus: TensorMerge {
+  /// Which elements of a difference are kept.
+  enum Sparsifier {
+    case magnitude
+    case outliers
+    case random
+    case ranked
+  }
+
+  /// One method of the family.
+  private struct Preset {
+    let name: String
+    let formula: String
+    let sparsifier: Sparsifier?
+    let electsSigns: Bool
+    let normalizes: Bool
+    let rescales: Bool
+  }
+
+  private static let presets = [
+    Preset(
+      name: "task_arithmetic", formula: "base + λ Σ wᵢdᵢ", sparsifier: nil, electsSigns: false,
+      normalizes: false, rescales: false),
+    Preset(
+      name: "ties",
+      formula: "base + λ Σ mᵢwᵢdᵢ / Σ mᵢwᵢ, the largest dᵢ that share the elected sign",
+      sparsifier: .magnitude, electsSigns: true, normalizes: true, rescales: false),
+    Preset(
+      name: "dare_ties", formula: "ties of randomly kept, rescaled dᵢ", sparsifier: .random,
+      electsSigns: true, normalizes: false, rescales: true),
+    Preset(
+      name: "dare_linear", formula: "base + λ Σ wᵢdᵢ of randomly kept, rescaled dᵢ",
+      sparsifier: .random, electsSigns: false, normalizes: false, rescales: true),
+    Preset(
+      name: "della", formula: "ties of dᵢ kept at random, the larger the likelier",
+      sparsifier: .ranked, electsSigns: true, normalizes: true, rescales: true),
+    Preset(
+      name: "della_linear",
+      formula: "base + λ Σ wᵢdᵢ of dᵢ kept at random, the larger the likelier",
+      sparsifier: .ranked, electsSigns: false, normalizes: false, rescales: true),
+    Preset(
+      name: "breadcrumbs", formula: "base + λ Σ wᵢdᵢ without the largest and the smallest",
+      sparsifier: .outliers, electsSigns: false, normalizes: false, rescales: false),
+    Preset(
+      name: "breadcrumbs_ties", formula: "ties without the largest and the smallest dᵢ",
+      sparsifier: .outliers, electsSigns: true, normalizes: false, rescales: false),
+  ]
+
+  static let methods = presets.map { preset in
+    var parameters: [MethodParameter] = [
+      .number("weight", .perModelButBase), .number("lambda", default: 1),
+      .flag("normalize", preset.normalizes), .flag("rescale", preset.rescales),
+      .flag("int8_mask", false), .number("density", .perModelButBase, default: 1),
+    ]
+    if preset.sparsifier == .outliers {
+      parameters.append(.number("gamma", .perModelButBase, default: 0.01))
+    }
+    if preset.sparsifier == .ranked {
+      parameters.append(.number("epsilon", .perModelButBase, default: 0.15))
+    }
+    return MergeMethod(
+      preset.name, preset.formula, operand: .differences, base: .required, parameters: parameters
+    ) { try SignConsensus(preset, $0) }
+  }
+
+  /// What becomes of one model's difference before it is weighted.
+  fileprivate enum Mask: Sendable {
+    case all
+    case none
+    case band(RankBand)
+    case random(Double)
+    case ranked(Double, epsilon: Double)
+  }
+
+  private let name: String
+  private let rowLength: Int
+  private let rows: Range<Int>
+  private let elementCount: Int
+  private let weights: [Float]
+  private let electsSigns: Bool
+  private let normalizes: Bool
+  private let lambda: Float
+  private let randomness: Randomness
+  /// Where each row's draws begin among the tensor's.
+  private var drawStarts: [Int] = []
+  private var masks: [Mask]
+  /// What makes up for the elements that were dropped; `nil` while it is unknown.
+  private var scales: [Float]?
+
+  private init(_ preset: Preset, _ setting: TensorSetting) throws {
+    name = setting.name
+    rowLength = max(1, setting.rowLength)
+    rows = setting.rows
+    elementCount = setting.elementCount
+    weights = setting.numbers("weight").map { Float($0) }
+    electsSigns = preset.electsSigns
+    normalizes = setting.flag("normalize")
+    lambda = Float(setting.number("lambda"))
+    randomness = setting.randomness
+    let densities = setting.numbers("density")
+    let gammas = setting.perModel["gamma"] == nil ? [] : setting.numbers("gamma")
+    let epsilons = setting.perModel["epsilon"] == nil ? [] : setting.numbers("epsilon")
+    masks = try densities.indices.map { model in
+      try SignConsensus.mask(
+        preset.sparsifier, density: densities[model],
+        gamma: gammas.isEmpty ? 0 : gammas[model],
+        epsilon: epsilons.isEmpty ? 0 : epsilons[model], count: setting.elementCount)
+    }
+    var draws = 0
+    for mask in masks {
+      drawStarts.append(draws)
+      draws += mask.draws ? elementCount : 0
+    }
+    let isSparse = masks.contains { !$0.isTrivial }
+    scales = setting.flag("rescale") && isSparse ? nil : weights.map { _ in 1 }
+  }
+
+  private static func mask(
+    _ sparsifier: Sparsifier?, density: Double, gamma: Double, epsilon: Double, count: Int
+  ) throws -> Mask {
+    guard let sparsifier, density < 1 else { return .all }
+    guard density >= 0 else {
+      throw MergeError("density is \(density); it must be between 0 and 1")
+    }
+    switch sparsifier {
+    case .magnitude:
+      guard density > 0, count > 0 else { return .none }
+      return .band(RankBand(keeping: count - max(1, Int(density * Double(count)))..<count))
+    case .outliers:
+      guard (0...1).contains(gamma) else {
+        throw MergeError("gamma is \(gamma); it must be between 0 and 1")
+      }
+      let kept = Int(density * Double(count))
+      let bottom = max(0, count - kept - Int(gamma * Double(count)))
+      return .band(RankBand(keeping: bottom..<bottom + kept))
+    case .random: return density > 0 ? .random(density) : .random(0)
+    case .ranked:
+      guard density > 0 else { return .none }
+      guard density - epsilon > 0, density + epsilon < 1 else {
+        throw MergeError(
+          "density \(density) and epsilon \(epsilon) give probabilities beyond 0 or 1",
+          remedy: "choose them so that density − epsilon is above 0 and density + epsilon below 1")
+      }
+      return .ranked(density, epsilon: epsilon)
+    }
+  }
+
+  /// How many of the rows are thinned at random.
+  var drawingRows: Int { masks.count { $0.draws } }
+
+  // MARK: Observing
+
+  struct Observation: Sendable {
+    fileprivate var bands: [RankBand.Observation]
+    /// Σ|d| of each row, before and after it is masked.
+    fileprivate var norms: [SIMD2<Double>]
+  }
+
+  var grain: Int { masks.contains { if case .ranked = $0 { true } else { false } } ? rowLength : 1 }
+  var scratchRows: Int { electsSigns ? 2 : 0 }
+  private var bandsAreKnown: Bool { masks.allSatisfy { $0.isKnown } }
+  var isReady: Bool { bandsAreKnown && scales != nil }
+
+  var observingPasses: Int {
+    (bandsAreKnown ? 0 : RankBand.largestNumberOfPasses) + (scales == nil ? 1 : 0)
+  }
+
+  func makeObservation() -> Observation {
+    Observation(
+      bands: masks.map {
+        if case .band(let band) = $0 { band.makeObservation() } else { .nothing }
+      },
+      norms: Array(repeating: .zero, count: masks.count))
+  }
+
+  func observe(
+    _ tile: inout Tile, at position: Int, scratch: inout Tile, into observation: inout Observation
+  ) {
+    let isForBands = !bandsAreKnown
+    for (model, row) in rows.enumerated() {
+      if isForBands {
+        if case .band(let band) = masks[model] {
+          band.observe(tile[row], into: &observation.bands[model])
+        }
+      } else if !masks[model].isTrivial {
+        let before = sumOfMagnitudes(tile[row])
+        sparsify(&tile, row: row, model: model, at: position)
+        observation.norms[model] += SIMD2(before, sumOfMagnitudes(tile[row]))
+      }
+    }
+  }
+
+  func combine(_ next: Observation, into total: inout Observation) {
+    for model in masks.indices {
+      if case .band(let band) = masks[model] {
+        band.combine(next.bands[model], into: &total.bands[model])
+      }
+      total.norms[model] += next.norms[model]
+    }
+  }
+
+  mutating func learn(_ total: Observation) {
+    guard bandsAreKnown else {
+      for model in masks.indices {
+        guard case .band(var band) = masks[model] else { continue }
+        band.learn(total.bands[model])
+        masks[model] = .band(band)
+      }
+      return
+    }
+    scales = masks.indices.map { model in
+      let (before, after) = (total.norms[model].x, total.norms[model].y)
+      guard !masks[model].isTrivial, before >= 1e-7, after >= 1e-7 else { return 1 }
+      return Float(before) / Float(after)
+    }
+  }
+
+  // MARK: Merging
+
+  private func sparsify(_ tile: inout Tile, row: Int, model: Int, at position: Int) {
+    var values = tile.mutableRow(row)
+    switch masks[model] {
+    case .all: break
+    case .none: for i in values.indices { values[i] = 0 }
+    case .band(let band):
+      band.restrict(&values, tile: position / Tile.width(grain: grain))
+    case .random(let p):
+      randomness.thin(
+        &values, keeping: p, tensor: name, model: model, position: position,
+        rowStart: drawStarts[model])
+    case .ranked(let density, let epsilon):
+      for start in stride(from: 0, to: values.count, by: rowLength) {
+        var rowValues = values._mutatingExtracting(start..<start + rowLength)
+        thinByRank(
+          &rowValues, density: density, epsilon: epsilon, model: model, at: position + start)
+      }
+    }
+  }
+
+  /// DELLA's choice: the keep-probability rises linearly with the rank within the row.
+  private func thinByRank(
+    _ values: inout MutableSpan<Float>, density: Double, epsilon: Double, model: Int,
+    at position: Int
+  ) {
+    // Magnitude above, index below: sorting whole numbers breaks ties by index.
+    let order = [UInt64](unsafeUninitializedCapacity: values.count) { keys, count in
+      for i in values.indices { keys[i] = UInt64(values[i].magnitudeBits) << 32 | UInt64(i) }
+      count = values.count
+    }.sorted()
+    let last = Float(max(1, values.count - 1))
+    var probabilities = [Float](repeating: Float(density), count: values.count)
+    if values.count > 1 {
+      for (rank, key) in order.enumerated() {
+        probabilities[Int(key & 0xFFFF_FFFF)] =
+          Float(density - epsilon) + Float(rank) / last * 2 * Float(epsilon)
+      }
+    }
+    var keeps = [Bool](repeating: true, count: values.count)
+    randomness.uniforms(
+      values.count, tensor: name, model: model, position: position, rowStart: drawStarts[model]
+    ) { keeps[$0] = $1 < probabilities[$0] }
+    for i in values.indices where !keeps[i] { values[i] = 0 }
+  }
+
+  func merge(_ tile: inout Tile, at position: Int, into output: inout Tile) {
+    guard let scales else { preconditionFailure("the scales have not been learnt") }
+    for (model, row) in rows.enumerated() where !masks[model].isTrivial {
+      sparsify(&tile, row: row, model: model, at: position)
+      if scales[model] != 1 { tile.multiply(row: row, by: scales[model]) }
+    }
+    for (model, row) in rows.enumerated() { tile.multiply(row: row, by: weights[model]) }
+    output.clear(row: 0)
+    if electsSigns { elect(tile, into: &output) } else { addUp(tile, into: &output) }
+    if lambda != 1 { output.multiply(row: 0, by: lambda) }
+  }
+
+  private func addUp(_ tile: borrowing Tile, into output: inout Tile) {
+    for row in rows { output.add(tile, row: row, to: 0) }
+    guard normalizes else { return }
+    let sum = weights.reduce(0, +)
+    if abs(sum) >= 1e-8 { output.divide(row: 0, by: sum) }
+  }
+
+  /// Row 1 of the output holds the sums whose signs win, row 2 the weights that agreed.
+  private func elect(_ tile: borrowing Tile, into output: inout Tile) {
+    output.clear(row: 1)
+    output.clear(row: 2)
+    for row in rows { output.add(tile, row: row, to: 1) }
+    for (model, row) in rows.enumerated() {
+      output.addAgreeing(
+        tile, row: row, weight: weights[model], sum: 0, signs: 1, weights: 2)
+    }
+    if normalizes { output.divide(row: 0, byRow: 2) }
+  }
+}
+
+extension SignConsensus.Mask {
+  fileprivate var isTrivial: Bool { if case .all = self { true } else { false } }
+  fileprivate var isKnown: Bool { if case .band(let band) = self { band.isKnown } else { true } }
+  fileprivate var draws: Bool {
+    switch self {
+    case .random, .ranked: true
+    default: false
+    }
+  }
+}
+
+/// Σ|x|, in sixteen Float lanes over blocks of 1024 that are folded into Double.
+func sumOfMagnitudes(_ values: Span<Float>) -> Double {
+  var sum = 0.0
+  var start = 0
+  while start < values.count {
+    let end = min(start + 1024, values.count)
+    var lanes = SIMD16<Float>()
+    var i = start
+    while i + 16 <= end {
+      for lane in 0..<16 { lanes[lane] += abs(values[i + lane]) }
+      i += 16
+    }
+    var block = 0.0
+    for lane in 0..<16 { block += Double(lanes[lane]) }
+    while i < end {
+      block += Double(abs(values[i]))
+      i += 1
+    }
+    sum += block
+    start = end
+  }
+  return sum
+}

@@ -1,0 +1,92 @@
+import ArgumentParser
+import Checkpoints
+
+/// How commands write a checkpoint, beside the format that the output's ending names.
+struct OutputArguments: ParsableArguments {
+  @Option(
+    help: ArgumentHelp(
+      "Compress: zstd or deflate, or either with a level (HDF5); deflate (npz).",
+      discussion: "Python reads HDF5 with zstd by means of hdf5plugin, deflate as it is.",
+      valueName: "method[:level]"),
+    transform: compression(_:))
+  var compress: HDF5.Compression?
+
+  @Option(
+    help: ArgumentHelp(
+      "Put an HDF5 output's datasets side by side (flat) or in groups, split at dots (tree).",
+      valueName: "flat|tree"),
+    transform: layout(_:))
+  var layout: HDF5.Layout?
+
+  @Option(
+    help: ArgumentHelp(
+      "Write a model's folder whose files have at most this many bytes of tensors.",
+      discussion: "Without it, an output that ends in / is a folder with files of up to 5GB."))
+  var maxShardSize: ByteSize?
+
+  @Flag(help: "Replace an output folder, with all that is in it.")
+  var force = false
+
+  @Flag(help: "Record sha256 checksums instead of the fast ones.")
+  var sha256 = false
+
+  func validate() throws {
+    if let maxShardSize, maxShardSize.bytes == 0 {
+      throw ValidationError("--max-shard-size must be at least 1.")
+    }
+  }
+
+  /// Checks that the options suit the output. (The output is an argument of the command.)
+  func validate(for output: String) throws {
+    func ends(_ endings: [String]) -> Bool {
+      endings.contains { output.lowercased().hasSuffix("." + $0) }
+    }
+    let isNumPy = ends(NumPy.fileExtensions)
+    if layout != nil && !ends(HDF5.fileExtensions) {
+      throw ValidationError("--layout is for HDF5 outputs (.h5, .hdf5).")
+    }
+    if let compress, !ends(HDF5.fileExtensions), !(isNumPy && compress.isDeflate) {
+      throw ValidationError(
+        isNumPy
+          ? "An npz output is compressed by deflate alone."
+          : "--compress is for HDF5 outputs (.h5, .hdf5), or npz with deflate.")
+    }
+    if maxShardSize != nil && Checkpoint.formats.contains(where: { ends($0.fileExtensions) }) {
+      throw ValidationError(
+        "--max-shard-size writes a model's folder: give the output no file's ending.")
+    }
+  }
+
+  /// The output's path, with a slash at its end if it is to be a folder.
+  func path(_ output: String) -> String {
+    maxShardSize != nil && !output.hasSuffix("/") ? output + "/" : output
+  }
+
+  /// - Parameter original: the model whose side files a folder gets.
+  func options(sideFilesOf original: String?) -> WritingOptions {
+    var options = WritingOptions(layout: layout ?? .flat, compression: compress)
+    options.checksums = sha256 ? .sha256 : .xxh3
+    options.shardSize = maxShardSize?.bytes ?? ModelFolder.defaultShardSize
+    options.sideFilesOf = original
+    options.isReplacing = force
+    return options
+  }
+}
+
+private func compression(_ text: String) throws -> HDF5.Compression {
+  guard let compression = HDF5.Compression(text) else {
+    throw ValidationError("'\(text)' is not zstd, zstd:1 to 22, deflate or deflate:1 to 9.")
+  }
+  return compression
+}
+
+private func layout(_ text: String) throws -> HDF5.Layout {
+  guard let layout = HDF5.Layout(rawValue: text) else {
+    throw ValidationError("'\(text)' is not flat or tree.")
+  }
+  return layout
+}
+
+extension HDF5.Compression {
+  fileprivate var isDeflate: Bool { if case .deflate = self { true } else { false } }
+}

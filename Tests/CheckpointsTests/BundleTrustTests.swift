@@ -1,0 +1,277 @@
+import Foundation
+import TestSupport
+import Testing
+
+@testable import Checkpoints
+
+@Suite struct `A bundle from a stranger` {
+  let folder: TemporaryFolder
+
+  init() throws { folder = try TemporaryFolder() }
+
+  @Test func `shows every flipped bit and names the tensor`() throws {
+    let (bytes, frames) = try smallBundle()
+    let path = folder("damaged.safetensors.zst")
+    for bit in 0..<8 * bytes.count {
+      var damaged = bytes
+      damaged[bit / 8] ^= 1 << UInt8(bit % 8)
+      try Data(damaged).write(to: URL(fileURLWithPath: path))
+      let error = try #require(problem(in: path), "bit \(bit) of \(8 * bytes.count)")
+      #expect(error.file == path)
+      for (name, range) in frames where range.contains(bit / 8) {
+        #expect(error.tensor == name, "bit \(bit): \(error)")
+      }
+    }
+  }
+
+  @Test func `shows every truncation`() throws {
+    let (bytes, _) = try smallBundle()
+    let path = folder("short.safetensors.zst")
+    for count in bytes.indices {
+      try Data(bytes[..<count]).write(to: URL(fileURLWithPath: path))
+      #expect(problem(in: path) != nil, "\(count) of \(bytes.count) bytes")
+    }
+  }
+
+  @Test func `that refers to what is not there is refused`() throws {
+    let w = #""name":"w","dtype":"BF16","shape":[2],"xxh3":"0000000000000000""#
+    let cases: [(String, String)] = [
+      (#"{\#(w),"codec":"planes"}"#, "needs \"w\" as U8 [2, 2], but it is BF16 [2]"),
+      (#"{\#(w),"codec":"raw","parts":["x"]}"#, "needs \"x\", which the bundle does not hold"),
+      (
+        #"{\#(w),"codec":"raw","parts":["../../etc/passwd"]}"#,
+        "needs \"../../etc/passwd\", which the bundle does not hold"
+      ),
+      (#"{\#(w),"codec":"raw","parts":["w","w"]}"#, "has 2 parts instead of 1"),
+      (#"{\#(w),"codec":"raw","reference":"w"}"#, "has a reference and needs none, or the reverse"),
+      (#"{\#(w),"codec":"raw"},{\#(w),"codec":"raw"}"#, "is in the recipe twice"),
+      (
+        #"{\#(w),"codec":"lzma"}"#,
+        "has a recipe that is malformed: its dtype, shape, codec or xxh3 is missing or unknown"
+      ),
+      (
+        #"{\#(w),"codec":"raw","color":1}"#,
+        "has a recipe that is malformed: has the unknown field \"color\""
+      ),
+      (#"{\#(w),"codec":"int8","group":0}"#, "has groups of 0 elements"),
+      (
+        #"{"name":"w","dtype":"BF16","shape":[9000000000000000000],"xxh3":"0000000000000000","codec":"raw"}"#,
+        "has a recipe that is malformed: its shape is too large or not of whole bytes"
+      ),
+      (
+        #"{"name":"w","dtype":"BF16","shape":[1000000000000],"xxh3":"0000000000000000","codec":"raw"}"#,
+        "needs \"w\" as BF16 [1000000000000], but it is BF16 [2]"
+      ),
+    ]
+    for (entries, expected) in cases {
+      try writeBundle(
+        recipe: recipe(entries), [try TensorInfo(name: "w", dtype: .bf16, shape: [2])],
+        [[0, 0, 0, 0]])
+      #expect(problem(in: folder("b.safetensors.zst"))?.problem == expected)
+    }
+  }
+
+  @Test func `whose differences form a chain or a circle is refused`() throws {
+    func entry(_ name: String, _ reference: String) -> String {
+      #"{"name":"\#(name)","dtype":"BF16","shape":[2],"xxh3":"0000000000000000","codec":"ulp","reference":"\#(reference)"}"#
+    }
+    let planes = try ["a", "b", "c"].map {
+      try TensorInfo(name: $0, dtype: .u8, shape: [2, 2])
+    }
+    let plain =
+      #"{"name":"c","dtype":"BF16","shape":[2],"xxh3":"0000000000000000","codec":"planes"}"#
+    let cases = [
+      (
+        entry("a", "a") + "," + entry("b", "a") + "," + plain,
+        "refers to \"a\", which is not among the tensors before it"
+      ),
+      (
+        entry("a", "b") + "," + entry("b", "a") + "," + plain,
+        "refers to \"b\", which is not among the tensors before it"
+      ),
+      (
+        plain + "," + entry("a", "c") + "," + entry("b", "a"),
+        "refers to \"a\", which is itself a difference from another"
+      ),
+    ]
+    for (entries, expected) in cases {
+      try writeBundle(
+        recipe: recipe(entries), planes, [[0, 0], [0, 0], [0, 0], [0, 0], [0, 0], [0, 0]])
+      #expect(problem(in: folder("b.safetensors.zst"))?.problem == expected)
+    }
+  }
+
+  @Test func `whose frames or seek table lie is refused`() throws {
+    let entries = #"{"name":"w","dtype":"U8","shape":[4],"xxh3":"0000000000000000","codec":"raw"}"#
+    let part = [try TensorInfo(name: "w", dtype: .u8, shape: [4])]
+    let path = folder("b.safetensors.zst")
+    // Cut elsewhere than the format says.
+    try writeBundle(recipe: recipe(entries), part, [[1, 2], [3, 4]])
+    #expect(problem(in: path)?.problem == "is not cut into frames as the format says")
+    // The right cut, the wrong checksum of the tensor.
+    try writeBundle(recipe: recipe(entries), part, [[1, 2, 3, 4]])
+    #expect(
+      problem(in: path)
+        == CheckpointError(
+          file: path, tensor: "w", "does not have the checksum that was recorded",
+          remedy: "the bundle is damaged: get it again"))
+    // A seek table that claims a frame of 4 GB.
+    var bytes = try contents(of: path)
+    let last = bytes.count - 9 - 8 - 4
+    bytes.replaceSubrange(last..<last + 4, with: [255, 255, 255, 255])
+    try Data(bytes).write(to: URL(fileURLWithPath: path))
+    #expect(problem(in: path)?.problem.hasPrefix("has a seek table with a frame of") == true)
+    // One that claims more frames than there are bytes.
+    bytes.replaceSubrange(bytes.count - 9..<bytes.count - 5, with: [255, 255, 255, 255])
+    try Data(bytes).write(to: URL(fileURLWithPath: path))
+    #expect(
+      problem(in: path)?.problem
+        == "has a seek table of 4294967295 frames, more than fit into the file")
+  }
+
+  @Test func `of sparse tensors whose gaps do not fit is refused`() throws {
+    let entries =
+      #"{"name":"w","dtype":"U8","shape":[5],"xxh3":"0000000000000000","codec":"sparse"}"#
+    for (gaps, values) in [
+      ([5, 255], [1]), ([0, 254, 255], [1]), ([0, 0], [1, 2]), ([0, 255, 255], [1]),
+      ([255], [1]), ([0, 0, 255], [1]),
+    ] as [([UInt8], [UInt8])] {
+      let parts = [
+        try TensorInfo(name: "w#gaps", dtype: .u8, shape: [gaps.count]),
+        try TensorInfo(name: "w#values", dtype: .u8, shape: [1, values.count]),
+      ]
+      try writeBundle(recipe: recipe(entries), parts, [gaps, values])
+      #expect(
+        problem(in: folder("b.safetensors.zst"))?.problem
+          == "has gaps that do not fit its values", "\(gaps)")
+    }
+  }
+
+  /// Whatever is in the recipe, the header or the frames' contents, with all checksums of the
+  /// frames right: an error or the truth, soon and never a trap.
+  @Test func `never traps whatever it says`() throws {
+    let seed = UInt64.random(in: 0...UInt64.max)
+    var generator = SeededGenerator(seed: seed)
+    let (bytes, _) = try smallBundle()
+    let original = folder("small.safetensors.zst")
+    try Data(bytes).write(to: URL(fileURLWithPath: original))
+    let contents = try frameContents(of: original)
+    let path = folder("b.safetensors.zst")
+    let clock = ContinuousClock()
+    for round in 0..<600 {
+      var mutated = contents
+      for _ in 0..<Int.random(in: 1...3, using: &generator) {
+        let frame =
+          Int.random(in: 0..<3, using: &generator) > 0
+          ? 0 : mutated.indices.randomElement(using: &generator)!
+        mutate(&mutated[frame], &generator)
+      }
+      try writeFrames(mutated)
+      let time = clock.measure { _ = problem(in: path) }
+      #expect(time < .seconds(10), "seed \(seed), round \(round)")
+    }
+  }
+}
+
+extension `A bundle from a stranger` {
+  /// What is wrong with a bundle, if anything is.
+  private func problem(in path: String) -> CheckpointError? {
+    do {
+      let bundle = try BundleSource(path)
+      try bundle.verify(workers: 1)
+      return nil
+    } catch { return error as? CheckpointError }
+  }
+
+  /// A bundle of a tensor for each of some codecs, and where the frames of each lie.
+  private func smallBundle() throws -> (bytes: [UInt8], frames: [(String, Range<Int>)]) {
+    let weights = Sample.weights("w.0", .bf16, [30], seed: 1)
+    let near = Sample(
+      "w.1", .bf16, [30], weights.bytes.enumerated().map { $0 % 16 == 0 ? $1 ^ 1 : $1 })
+    let source = try writeSafetensors(
+      [weights, near, .pruned("s", .u16, [150], seed: 2)],
+      to: folder("in.safetensors"))
+    let path = folder("small.safetensors.zst")
+    try Bundle.pack(source, to: path)
+    let file = try BundleFile(path, base: nil)
+    #expect(Set(file.tensors.map { $0.codec }).isSuperset(of: [.raw, .sparse]))
+    let frames = file.tensors.flatMap { stored in
+      stored.parts.flatMap { position in
+        let part = file.parts[position]
+        return (0..<part.streams * part.framesPerStream).map {
+          (stored.tensor.name, file.frames.table[part.firstFrame + $0])
+        }
+      }
+    }
+    return (try contents(of: path), frames)
+  }
+
+  private func recipe(_ entries: String) -> String {
+    #"{"version":1,"models":[{"name":"","tensors":[\#(entries)]}]}"#
+  }
+
+  /// A bundle of this recipe, however wrong, with these frames.
+  private func writeBundle(recipe: String, _ parts: [TensorInfo], _ frames: [[UInt8]]) throws {
+    let inner = try Safetensors.Layout(
+      writing: Manifest(parts, metadata: ["bundle": recipe]), path: "")
+    try writeFrames([inner.prefix] + frames)
+  }
+
+  private func writeFrames(_ contents: [[UInt8]]) throws {
+    let encoder = FrameEncoder()
+    let frame = PinnedBytes(count: ZstdFrame.largest)
+    var (bytes, table, checksums) = ([UInt8](), SeekTable(), FrameChecksums())
+    for content in contents {
+      let size = content.withUnsafeBytes { encoder.encode($0, .matches, into: frame.bytes) }
+      bytes += frame.first(size)
+      table.append(frame: size, content: content.count)
+      checksums.append(FrameChecksums.of(frame.first(size)))
+    }
+    table.append(frame: checksums.bytes.count, content: 0)
+    try Data(bytes + checksums.bytes + table.bytes).write(
+      to: URL(fileURLWithPath: folder("b.safetensors.zst")))
+  }
+
+  private func frameContents(of path: String) throws -> [[UInt8]] {
+    let file = try FrameFile(path)
+    let decoder = FrameDecoder()
+    let scratch = PinnedBytes(count: ZstdFrame.largest)
+    return try file.table.contentSizes.indices.map { index in
+      var content = [UInt8](repeating: 0, count: file.table.contentSizes[index])
+      try content.withUnsafeMutableBytes {
+        try file.decode(index, of: nil, using: decoder, scratch, into: $0)
+      }
+      return content
+    }
+  }
+
+  /// A byte changed, a piece repeated or lost, or a number or word put in.
+  private func mutate(_ bytes: inout [UInt8], _ generator: inout SeededGenerator) {
+    guard !bytes.isEmpty else { return }
+    let place = bytes.indices.randomElement(using: &generator)!
+    let end = min(bytes.count, place + Int.random(in: 1...12, using: &generator))
+    switch Int.random(in: 0..<6, using: &generator) {
+    case 0: bytes[place] = UInt8.random(in: 0...255, using: &generator)
+    case 1: bytes[place] ^= 1 << UInt8.random(in: 0..<8, using: &generator)
+    case 2: bytes.insert(contentsOf: bytes[place..<end], at: place)
+    case 3: bytes.removeSubrange(place..<end)
+    case 4:
+      let digits = bytes.indices.filter { (0x30...0x39).contains(bytes[$0]) }
+      guard let digit = digits.randomElement(using: &generator) else { return }
+      let numbers = ["0", "1", "9", "4611686018427387904", "1048577", "-1"]
+      bytes.replaceSubrange(digit...digit, with: numbers.randomElement(using: &generator)!.utf8)
+    default:
+      let words = Codec.allCases.map { $0.rawValue } + ["BF16", "F32", "F4", "w.0", "s#gaps"]
+      let found = words.compactMap { word in
+        bytes.indices.first { bytes[$0...].starts(with: word.utf8) }.map { ($0, word.utf8.count) }
+      }
+      guard let (begin, count) = found.randomElement(using: &generator) else { return }
+      bytes.replaceSubrange(
+        begin..<begin + count, with: words.randomElement(using: &generator)!.utf8)
+    }
+    // The length of the inner header keeps step in most rounds, so that what follows is seen.
+    if bytes.count > 8, bytes[8] == UInt8(ascii: "{") {
+      for byte in 0..<8 { bytes[byte] = UInt8(truncatingIfNeeded: (bytes.count - 8) >> (8 * byte)) }
+    }
+  }
+}

@@ -1,0 +1,121 @@
+"""Files of every format, read by the libraries whose formats they are."""
+
+import json
+import os
+import subprocess
+import tempfile
+import unittest
+import zipfile
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+from safetensors import deserialize, safe_open
+from safetensors.numpy import save_file
+
+SMELT = os.environ["SMELT"]
+FIXTURES = Path(__file__).parents[2] / "Fixtures"
+
+
+def convert(source, target):
+    subprocess.run([SMELT, "convert", str(source), str(target)], check=True, capture_output=True)
+
+
+# What safetensors.numpy cannot load, deserialize can.
+TYPES = {
+    "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn, "I64": np.int64, "I32": np.int32, "I8": np.int8,
+    "U8": np.uint8, "BOOL": np.bool_,
+}  # fmt: skip
+
+
+def load_file(path):
+    return {
+        name: np.frombuffer(bytes(tensor["data"]), TYPES[tensor["dtype"]]).reshape(tensor["shape"])
+        for name, tensor in deserialize(path.read_bytes())
+    }
+
+
+class Formats(unittest.TestCase):
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.out = Path(folder.name)
+        random = np.random.default_rng(0)
+        self.arrays = {
+            "f32": random.standard_normal((3, 4)).astype(np.float32),
+            "f16": random.standard_normal(5).astype(np.float16),
+            "bf16": random.standard_normal((2, 3)).astype(ml_dtypes.bfloat16),
+            "f8": random.standard_normal((2, 3)).astype(ml_dtypes.float8_e4m3fn),
+            "i64": np.arange(6).reshape(2, 3),
+            "u8": np.arange(256, dtype=np.uint8),
+            "bool": np.array([True, False]),
+            "scalar": np.array(3.5),
+            "empty": np.zeros((0, 3), np.float32),
+            "é/大": np.ones(1, np.int8),
+        }
+        save_file(self.arrays, self.out / "model.safetensors", {"format": "pt", "by": "wheel"})
+
+    def same(self, one, other, name):
+        self.assertEqual(one.shape, other.shape, name)
+        self.assertEqual(one.tobytes(), other.tobytes(), name)
+
+    def test_numpy_reads_our_archives(self):
+        convert(self.out / "model.safetensors", self.out / "model.npz")
+        with np.load(self.out / "model.npz") as archive:
+            self.assertEqual(set(archive.files), set(self.arrays))
+            for name, array in self.arrays.items():
+                ours = archive[name]
+                if name in ("bf16", "f8"):
+                    ours = ours.view(array.dtype)
+                self.assertEqual(ours.dtype, array.dtype)
+                self.same(ours, array, name)
+        self.assertIsNone(zipfile.ZipFile(self.out / "model.npz").testzip())
+
+    def test_an_archive_gives_back_the_same_tensors(self):
+        convert(self.out / "model.safetensors", self.out / "model.npz")
+        convert(self.out / "model.npz", self.out / "again.safetensors")
+        again = load_file(self.out / "again.safetensors")
+        for name, array in self.arrays.items():
+            self.assertEqual(again[name].dtype, array.dtype)
+            self.same(again[name], array, name)
+
+    def test_numpys_archives_become_safetensors(self):
+        arrays = {n: a for n, a in self.arrays.items() if n != "f8"}
+        arrays["fortran"] = np.asfortranarray(np.arange(24.0).reshape(2, 3, 4))
+        for save in (np.savez, np.savez_compressed):
+            save(self.out / "theirs.npz", **arrays)
+            convert(self.out / "theirs.npz", self.out / "theirs.safetensors")
+            ours = load_file(self.out / "theirs.safetensors")
+            for name, array in arrays.items():
+                self.same(ours[name], np.ascontiguousarray(array).reshape(array.shape), name)
+
+    def test_pytorchs_files_become_safetensors(self):
+        convert(FIXTURES / "pytorch" / "views.pt", self.out / "views.safetensors")
+        ours = load_file(self.out / "views.safetensors")
+        base = np.arange(24, dtype=np.float32).reshape(4, 6)
+        self.same(ours["transposed"], np.ascontiguousarray(base.T), "transposed")
+        self.same(ours["steps"], np.ascontiguousarray(base[::2, ::3]), "steps")
+        permuted = base.reshape(2, 3, 4).transpose(2, 0, 1)
+        self.same(ours["permuted"], np.ascontiguousarray(permuted), "permuted")
+
+    def test_a_header_of_ours_says_its_format_and_checksums(self):
+        # transformers refuses a file that has metadata without a format.
+        convert(FIXTURES / "pytorch" / "pytorch_model.bin", self.out / "layer.safetensors")
+        with safe_open(self.out / "layer.safetensors", "numpy") as file:
+            metadata = file.metadata()
+        self.assertEqual(metadata["format"], "pt")
+        algorithm, *checksums = metadata["checksums"].split(" ")
+        self.assertEqual(algorithm, "xxh3-64/1MiB")
+        self.assertEqual([len(checksum) for checksum in checksums], [16, 16])
+
+    def test_a_model_folder_holds_the_model(self):
+        (self.out / "config.json").write_text(json.dumps({"model_type": "llama"}))
+        convert(self.out, f"{self.out}/copy/")
+        ours = load_file(self.out / "copy" / "model.safetensors")
+        for name, array in self.arrays.items():
+            self.same(ours[name], array, name)
+
+
+if __name__ == "__main__":
+    unittest.main()

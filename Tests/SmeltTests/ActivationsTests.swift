@@ -1,0 +1,98 @@
+import Checkpoints
+import Foundation
+import TestSupport
+import Testing
+
+/// `smelt activations` and `smelt calibrate --progressive`, on the digits' models.
+struct ActivationsTests {
+  static let experts = ["upright", "rotated", "inverted", "shuffled"]
+  let folder: TemporaryFolder
+  let base = fixtures("digits/base.safetensors")
+
+  init() throws { folder = try TemporaryFolder() }
+
+  /// Eight images for each expert: noise, brighter from expert to expert.
+  private func writeInputs(_ name: String = "inputs.safetensors") throws -> String {
+    var generator = SeededGenerator(seed: 5)
+    let pixels = (0..<32 * 64).map {
+      Float.random(in: 0...1, using: &generator) * Float($0 / 64 % 4 + 1) / 4
+    }
+    let images = try TensorInfo(name: "pixel_values", dtype: .f32, shape: [32, 1, 8, 8])
+    let task = try TensorInfo(name: "task", dtype: .i64, shape: [32])
+    let sink = try Checkpoint.create(folder(name), Manifest([images, task]))
+    try sink.write(pixels.span.bytes, of: images, at: 0)
+    let tasks = (0..<32).map { Int64($0 % 4) }
+    try sink.write(tasks.span.bytes, of: task, at: 0)
+    try sink.finish()
+    return folder(name)
+  }
+
+  private func succeed(_ arguments: String...) throws {
+    let result = try smelt(arguments)
+    #expect(result.code == 0, "\(arguments.joined(separator: " ")): \(result.errors)")
+  }
+
+  @Test func `what routers were fitted to is what their mixture sees`() throws {
+    let inputs = try writeInputs()
+    let models = Self.experts.flatMap {
+      ["--expert", "\($0)=\(fixtures("digits/\($0).safetensors"))"]
+    }
+    let upscaled = try smelt(["upscale", "--base", base] + models + ["-o", folder("moe.h5")])
+    #expect(upscaled.code == 0)
+    try succeed(
+      "calibrate", folder("moe.h5"), "--progressive", inputs, "--heads", "4", "-o",
+      folder("fitted.safetensors"))
+    // Recorded from the result, the activations must lead to the same routers again.
+    try succeed(
+      "activations", folder("fitted.safetensors"), inputs, "--heads", "4", "--tokens", "-o",
+      folder("seen.safetensors"))
+    try succeed(
+      "calibrate", folder("moe.h5"), "--activations", folder("seen.safetensors"), "-o",
+      folder("again.safetensors"))
+    let (one, other) = (
+      try Checkpoint.open(folder("fitted.safetensors")),
+      try Checkpoint.open(folder("again.safetensors"))
+    )
+    for tensor in one.manifest.tensors {
+      #expect(try one.bytes(of: tensor) == other.bytes(of: tensor), "\(tensor.name)")
+    }
+  }
+
+  @Test func `a model without a configuration needs its heads`() throws {
+    let result = try smelt("activations", base, try writeInputs(), "-o", folder("a.safetensors"))
+    #expect(result.code == 1)
+    #expect(
+      result.errors
+        == "Error: the tensors of \(base) do not tell how many attention heads it has; give --heads, or --config with its config.json\n"
+    )
+    #expect(try folder.names == ["inputs.safetensors"])
+  }
+
+  @Test func `a configuration beside the model is found`() throws {
+    let model = fixtures("forward/bert")
+    let result = try smelt(
+      "activations", "\(model)/model.safetensors", "\(model)/inputs.safetensors", "-o",
+      folder("a.h5"))
+    #expect(result.code == 0)
+    #expect(result.output.hasPrefix("\(folder("a.h5")): 3 samples through 2 layers, 3 tensors"))
+  }
+
+  @Test func `images of another size are refused with what to do`() throws {
+    try Checkpoint.write(
+      [SmallTensor("pixel_values", [1, 1, 6, 8], Array(repeating: 0, count: 48))],
+      to: folder("small.safetensors"))
+    let result = try smelt(
+      "activations", base, folder("small.safetensors"), "--heads", "4", "-o", folder("a.h5"))
+    #expect(result.code == 1)
+    #expect(
+      result.errors.hasSuffix(
+        "tensor \"pixel_values\": has images of [1, 6, 8], which do not make 16 patches of [1, 2, 2]; resize them to what the model was trained with\n"
+      ))
+  }
+
+  @Test func `activations and progressive exclude each other`() throws {
+    let result = try smelt("calibrate", "moe.h5", "-o", "out.h5")
+    #expect(result.code == 64)
+    #expect(result.errors.contains("Give either --activations or --progressive."))
+  }
+}

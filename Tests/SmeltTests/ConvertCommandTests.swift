@@ -1,0 +1,107 @@
+import Checkpoints
+import Foundation
+import TestSupport
+import Testing
+
+/// The options of `smelt convert`.
+struct ConvertCommandTests {
+  let folder: TemporaryFolder
+
+  init() throws {
+    folder = try TemporaryFolder()
+    try Checkpoint.write(
+      [
+        SmallTensor("model.a.weight", [2, 2], [1, 1.0039, 70000, -2]),
+        SmallTensor("model.b.weight", [4], [1, 2, 3, 4]),
+        SmallTensor("head.bias", [2], [5, 6]),
+      ], to: folder("in.safetensors"))
+  }
+
+  @Test func `types are rounded to nearest even`() throws {
+    let result = try smelt(
+      "convert", folder("in.safetensors"), folder("out.safetensors"), "--dtype", "bf16")
+    #expect(result.code == 0, "\(result.errors)")
+    let output = try Checkpoint.open(folder("out.safetensors"))
+    #expect(try output.tensor("model.a.weight").dtype == .bf16)
+    // 1.0039 lies just below the middle of 1 and the next BF16, 1.0078125.
+    #expect(try output.floats(of: "model.a.weight") == [1, 1, 70144, -2])
+  }
+
+  @Test func `a number too large for the type is refused, or becomes infinite if allowed`() throws {
+    let arguments = ["convert", folder("in.safetensors"), folder("out.h5"), "--dtype", "F16"]
+    let refused = try smelt(arguments)
+    #expect(refused.code == 1)
+    #expect(
+      refused.errors
+        == "Error: \(folder("in.safetensors")): tensor \"model.a.weight\": has the value 70000.0 at its element 2, too large for F16; choose a type of more exponent bits, or allow infinities\n"
+    )
+    #expect(try folder.names == ["in.safetensors"])
+    #expect(try smelt(arguments + ["--allow-overflow"]).code == 0)
+    let output = try Checkpoint.open(folder("out.h5"))
+    #expect(try output.floats(of: "model.a.weight")[2] == .infinity)
+  }
+
+  @Test func `tensors are chosen and renamed by pattern`() throws {
+    let result = try smelt(
+      "convert", folder("in.safetensors"), folder("out.npz"), "--include", "model.*",
+      "--exclude", "*.b.*", "--rename", #"^model\.(.*)=encoder.$1"#)
+    #expect(result.code == 0, "\(result.errors)")
+    let output = try Checkpoint.open(folder("out.npz"))
+    #expect(output.manifest.tensors.map { $0.name } == ["encoder.a.weight"])
+  }
+
+  @Test func `a pattern that leaves nothing is refused`() throws {
+    let result = try smelt(
+      "convert", folder("in.safetensors"), folder("out.h5"), "--include", "nothing*")
+    #expect(result.code == 1)
+    #expect(
+      result.errors
+        == "Error: \(folder("in.safetensors")): has no tensor that --include and --exclude leave; list its names with 'smelt inspect'\n"
+    )
+  }
+
+  @Test func `a model's folder is cut into shards and gets the side files`() throws {
+    try FileManager.default.createDirectory(
+      atPath: folder("model"), withIntermediateDirectories: false)
+    try Data("{}".utf8).write(to: URL(filePath: folder("model/config.json")))
+    #expect(
+      try smelt("convert", folder("in.safetensors"), folder("model/model.safetensors")).code == 0)
+    let result = try smelt("convert", folder("model"), folder("out"), "--max-shard-size", "20B")
+    #expect(result.code == 0, "\(result.errors)")
+    #expect(
+      try FileManager.default.contentsOfDirectory(atPath: folder("out")).sorted() == [
+        "config.json", "model-00001-of-00003.safetensors", "model-00002-of-00003.safetensors",
+        "model-00003-of-00003.safetensors", "model.safetensors.index.json",
+      ])
+    #expect(try smelt("diff", folder("out"), folder("in.safetensors")).code == 0)
+    let again = try smelt("convert", folder("in.safetensors"), folder("out/"))
+    #expect(again.code == 1)
+    #expect(again.errors.contains("is a folder with files in it"))
+    #expect(try smelt("convert", folder("in.safetensors"), folder("out/"), "--force").code == 0)
+    #expect(try smelt("diff", folder("out"), folder("in.safetensors")).code == 0)
+  }
+
+  @Test func `a folder that holds the input is not replaced`() throws {
+    let result = try smelt(
+      "convert", folder("in.safetensors"), folder.path + "/", "--force")
+    #expect(result.code == 1)
+    #expect(result.errors.contains("holds the input"))
+    #expect(try folder.names == ["in.safetensors"])
+  }
+
+  @Test(arguments: [
+    (["--layout", "tree"], "--layout is for HDF5 outputs"),
+    (["--compress", "zstd"], "--compress is for HDF5 outputs"),
+    (["--max-shard-size", "1GB"], "--max-shard-size writes a model's folder"),
+    (["--rename", "abc"], "is not of the form FROM=TO"),
+    (["--rename", "(=x"], "is not a regular expression"),
+    (["--allow-overflow"], "--allow-overflow goes with --dtype"),
+    (["--dtype", "I8"], "'I8' is invalid"),
+  ])
+  func `options that do not suit are wrong usage`(options: [String], message: String) throws {
+    let result = try smelt(
+      ["convert", folder("in.safetensors"), folder("out.safetensors")] + options)
+    #expect(result.code == 64)
+    #expect(result.errors.contains(message), "\(result.errors)")
+  }
+}

@@ -1,0 +1,235 @@
+import Checkpoints
+import Foundation
+import TestSupport
+import Testing
+
+/// `smelt merge` and `smelt methods`, run as a user runs them.
+struct MergeCommandTests {
+  let folder: TemporaryFolder
+
+  init() throws { folder = try TemporaryFolder() }
+
+  /// A model's folder of two layers, with a configuration and a tokenizer.
+  private func makeModel(_ name: String, seed: Int, layers: Int = 2) throws {
+    try FileManager.default.createDirectory(
+      atPath: folder(name), withIntermediateDirectories: true)
+    var tensors = [try SmallTensor("model.embed_tokens.weight", [6, 4], values(24, seed))]
+    for layer in 0..<layers {
+      tensors.append(
+        try SmallTensor(
+          "model.layers.\(layer).mlp.up_proj.weight", [4, 4], values(16, seed + 10 + layer)))
+    }
+    tensors.append(try SmallTensor("model.norm.weight", [4], values(4, seed + 5)))
+    try Checkpoint.write(tensors, to: folder("\(name)/model.safetensors"))
+    try Data(
+      "{\n  \"model_type\": \"llama\",\n  \"num_hidden_layers\":  \(layers),\n  \"torch_dtype\": \"float32\"\n}"
+        .utf8
+    ).write(to: URL(filePath: folder("\(name)/config.json")))
+    try Data("tokens of \(name)".utf8).write(to: URL(filePath: folder("\(name)/vocab.txt")))
+  }
+
+  private func values(_ count: Int, _ seed: Int) -> [Float] {
+    filler(seed, count: count).map { Float($0) }
+  }
+
+  private func write(_ recipe: String) throws -> String {
+    let text = recipe.replacingOccurrences(of: "@", with: folder.path + "/")
+    try Data(text.utf8).write(to: URL(filePath: folder("recipe.yml")))
+    return folder("recipe.yml")
+  }
+
+  private func text(_ name: String) throws -> String {
+    try String(contentsOfFile: folder(name), encoding: .utf8)
+  }
+
+  static let linear = """
+    merge_method: linear
+    models:
+      - model: @a
+        parameters: {weight: 0.25}
+      - model: @b
+        parameters: {weight: 0.75}
+    """
+
+  @Test func `a folder has weights, configuration, tokenizer, recipe and model card`() throws {
+    try makeModel("a", seed: 1)
+    try makeModel("b", seed: 2)
+    let recipe = try write(Self.linear)
+    let result = try smelt("merge", recipe, folder("out"))
+    #expect(result.code == 0, "\(result.errors)")
+    #expect(result.output.contains("4 tensors, 240 B in "))
+    #expect(result.output.contains("peak memory"))
+    let merged = try Checkpoint.open(folder("out"))
+    let parents = try ["a", "b"].map { try Checkpoint.open(folder($0)) }
+    for tensor in parents[0].manifest.tensors {
+      let values = try parents.map { try $0.floats(of: tensor.name) }
+      let expected = values[0].indices.map {
+        Float(0).addingProduct(values[0][$0], 0.25).addingProduct(values[1][$0], 0.75)
+      }
+      #expect(try merged.floats(of: tensor.name) == expected)
+    }
+    #expect(try text("out/config.json") == text("a/config.json"))
+    #expect(try text("out/vocab.txt") == "tokens of a")
+    #expect(try text("out/smelt_recipe.yml") == text("recipe.yml"))
+    let card = try text("out/README.md")
+    #expect(card.contains("by the method `linear`"))
+    #expect(card.contains("- \(folder("b"))"))
+  }
+
+  @Test func `slices change the number of layers in the configuration and nothing else`() throws {
+    try makeModel("a", seed: 1)
+    try makeModel("b", seed: 2)
+    let recipe = try write(
+      """
+      merge_method: passthrough
+      slices:
+        - sources: [{model: @a, layer_range: [0, 2]}]
+        - sources: [{model: @b, layer_range: [1, 2]}]
+      """)
+    let result = try smelt("merge", "--quiet", recipe, folder("out"))
+    #expect(result.code == 0, "\(result.errors)")
+    #expect(result.output == "")
+    #expect(
+      try text("out/config.json")
+        == text("a/config.json").replacingOccurrences(
+          of: "\"num_hidden_layers\":  2", with: "\"num_hidden_layers\":  3"))
+    let merged = try Checkpoint.open(folder("out"))
+    let other = try Checkpoint.open(folder("b"))
+    let name = "model.layers.2.mlp.up_proj.weight"
+    #expect(
+      try merged.bytes(of: merged.tensor(name))
+        == other.bytes(of: other.tensor("model.layers.1.mlp.up_proj.weight")))
+  }
+
+  @Test(arguments: ["out.safetensors", "out.h5", "out.npz"])
+  func `a single file may be of any format`(name: String) throws {
+    try makeModel("a", seed: 1)
+    try makeModel("b", seed: 2)
+    let recipe = try write(Self.linear)
+    let result = try smelt("merge", "--quiet", recipe, folder(name))
+    #expect(result.code == 0, "\(result.errors)")
+    let reference = try smelt("merge", "--quiet", recipe, folder("reference"))
+    #expect(reference.code == 0)
+    let (merged, expected) = (
+      try Checkpoint.open(folder(name)), try Checkpoint.open(folder("reference"))
+    )
+    for tensor in expected.manifest.tensors {
+      #expect(try merged.bytes(of: merged.tensor(tensor.name)) == expected.bytes(of: tensor))
+    }
+  }
+
+  @Test func `a dry run says what would be done and does nothing`() throws {
+    try makeModel("a", seed: 1)
+    try makeModel("b", seed: 2)
+    let recipe = try write(Self.linear)
+    let result = try smelt("merge", "--dry-run", recipe, folder("out"))
+    #expect(result.code == 0)
+    #expect(result.output.contains("2 inputs, 1 pass"))
+    #expect(
+      result.output.contains(
+        "reads 480 B in up to 1 passes, each byte once from disk, writes 240 B"))
+    #expect(result.output.contains("are free"))
+    #expect(try folder.names == ["a", "b", "recipe.yml"])
+  }
+
+  @Test func `a folder with files in it is only replaced with --force`() throws {
+    try makeModel("a", seed: 1)
+    try makeModel("b", seed: 2)
+    try makeModel("out", seed: 3)
+    let recipe = try write(Self.linear)
+    let refused = try smelt("merge", recipe, folder("out"))
+    #expect(refused.code == 1)
+    #expect(refused.errors.contains("is a folder with files in it"))
+    let before = try text("out/vocab.txt")
+    #expect(before == "tokens of out")
+    let result = try smelt("merge", "--force", recipe, folder("out"))
+    #expect(result.code == 0, "\(result.errors)")
+    #expect(try text("out/vocab.txt") == "tokens of a")
+  }
+
+  @Test func `a mistyped key is refused with its line and the key that was meant`() throws {
+    let recipe = try write("merge_method: linear\nmodles: []")
+    let result = try smelt("merge", recipe, folder("out"))
+    #expect(result.code == 1)
+    #expect(
+      result.errors
+        == "Error: \(recipe), line 2: a recipe has no key \"modles\"; did you mean models?\n")
+  }
+
+  @Test func `NaN in the result is a warning, and an error if strict`() throws {
+    try makeModel("b", seed: 2)
+    try FileManager.default.createDirectory(
+      atPath: folder("a"), withIntermediateDirectories: true)
+    var tensors = [try SmallTensor("model.norm.weight", [4], [1, .nan, 2, 3])]
+    try Checkpoint.write(tensors, to: folder("a/model.safetensors"))
+    tensors = [try SmallTensor("model.norm.weight", [4], [1, 2, 2, 3])]
+    try Checkpoint.write(tensors, to: folder("b/model.safetensors"))
+    let recipe = try write(Self.linear)
+    let result = try smelt("merge", "--quiet", recipe, folder("out"))
+    #expect(result.code == 0)
+    #expect(
+      result.errors
+        == "smelt: tensor \"model.norm.weight\" has 1 elements that are NaN or infinite\n")
+    let strict = try smelt("merge", "--quiet", "--strict", recipe, folder("strict"))
+    #expect(strict.code == 1)
+    #expect(!(try folder.names.contains("strict")))
+  }
+
+  @Test func `every method is listed with its parameters`() throws {
+    let result = try smelt("methods")
+    #expect(result.code == 0)
+    for method in [
+      "arcee_fusion", "breadcrumbs", "breadcrumbs_ties", "dare_linear", "dare_ties", "della",
+      "della_linear", "karcher", "linear", "model_stock", "multislerp", "nearswap", "nuslerp",
+      "passthrough", "ram", "ramplus_tl", "sce", "slerp", "task_arithmetic", "ties",
+    ] {
+      #expect(result.output.contains("\n\(method): ") || result.output.hasPrefix("\(method): "))
+    }
+    #expect(result.output.contains("  epsilon, each: 0.15\n"))
+  }
+
+  /// Two models of 24 tensors, large enough that a merge takes a moment.
+  private func makeLargeModels() throws -> String {
+    var random = SeededGenerator(seed: 3)
+    for name in ["a", "b"] {
+      try FileManager.default.createDirectory(
+        atPath: folder(name), withIntermediateDirectories: true)
+      let tensors = try (0..<24).map {
+        let values = (0..<1 << 16).map { _ in Float(Int32(truncatingIfNeeded: random.next())) }
+        return try SmallTensor("model.layers.\($0).mlp.up_proj.weight", [256, 256], values)
+      }
+      try Checkpoint.write(tensors, to: folder("\(name)/model.safetensors"))
+    }
+    return try write(Self.linear)
+  }
+
+  @Test(arguments: ["out", "out.safetensors"])
+  func `killed at any moment, a merge can be gone on with to the same bytes`(name: String) throws {
+    let recipe = try makeLargeModels()
+    #expect(try smelt("merge", "--quiet", recipe, folder("whole")).code == 0)
+    let expected = try Checkpoint.open(folder("whole"))
+    var random = SeededGenerator(seed: 5)
+    var tookOver = 0
+    for round in 0..<12 {
+      let process = Process()
+      process.executableURL = builtCommand
+      process.arguments = ["merge", "--quiet", "--jobs", "1", recipe, folder(name)]
+      process.standardError = FileHandle.nullDevice
+      try process.run()
+      usleep(UInt32.random(in: 20_000...400_000, using: &random))
+      kill(process.processIdentifier, SIGKILL)
+      process.waitUntilExit()
+      let result = try smelt("merge", "--quiet", "--resume", "--force", recipe, folder(name))
+      #expect(result.code == 0, "round \(round): \(result.errors)")
+      tookOver += result.errors.contains("took over 0 B") ? 0 : 1
+      let merged = try Checkpoint.open(folder(name))
+      for tensor in expected.manifest.tensors {
+        #expect(try merged.bytes(of: merged.tensor(tensor.name)) == expected.bytes(of: tensor))
+      }
+      let left = try folder.names.filter { $0.hasPrefix(".") }
+      #expect(left == [], "round \(round)")
+      try FileManager.default.removeItem(atPath: folder(name))
+    }
+    #expect(tookOver > 0)
+  }
+}
