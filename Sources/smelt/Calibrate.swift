@@ -9,8 +9,12 @@ struct Calibrate: ParsableCommand {
       The activations file holds, for every MLP module, a tensor named by its prefix with the \
       module's inputs, [samples, width] averaged over tokens or [samples, tokens, width], and a \
       tensor 'task' with the number of each sample's expert, from 0 in the order of the experts. \
-      16 to 256 unlabelled samples a task are enough. Each router is fitted in closed form \
-      (ridge regression, strength by leave-one-out), one layer in memory at a time.
+      16 to 256 unlabelled samples a task are enough.
+
+      Each router is fitted to the tasks in closed form (ridge regression, its strength by \
+      leave-one-out) and, with --method output, from there to the experts' outputs. A quarter of \
+      the samples is held out to tell what a router does that has not seen them; the routers \
+      that are written have seen all.
       """)
 
   @Argument(help: "The mixture, made by 'smelt upscale'.", completion: .file())
@@ -33,46 +37,112 @@ struct Calibrate: ParsableCommand {
   @Option(name: .shortAndLong, help: "The calibrated mixture to write.")
   var output: String
 
+  @Option(help: "What the routers are fitted to: output (the experts' outputs) or ridge (tasks).")
+  var method = Method.output
+
+  @Option(
+    name: .customLong("expert"),
+    help: ArgumentHelp(
+      "A fine-tuned model to match, once for each expert; for pruned or coded task vectors.",
+      valueName: "name=path"))
+  var experts: [NamedPath] = []
+
+  @Option(help: "How many samples of each task are used.")
+  var samples = 256
+
   @OptionGroup var resources: Resources
+
+  enum Method: String, ExpressibleByArgument, CaseIterable {
+    case output, ridge
+  }
 
   func validate() throws {
     guard (activations == nil) != (progressive == nil) else {
       throw ValidationError("Give either --activations or --progressive.")
     }
+    guard samples > 1 else { throw ValidationError("--samples must be at least 2.") }
   }
 
   func run() throws {
-    let reports = try progressive.map(fitProgressively) ?? fitToRecorded(activations!)
-    let rows = reports.map {
-      [$0.module, decimal($0.ridge), "\(decimal(100 * $0.routingAccuracy, 1)) %"]
+    let opened = try Mixture(Checkpoint.open(mixture))
+    let options = try options(for: opened.description)
+    let reports: [MixtureCalibration.LayerReport]
+    if let progressive {
+      reports = try fitProgressively(opened, to: progressive, options)
+    } else {
+      reports = try fit(opened, to: activations!, options)
     }
-    print(
-      Table(columns: ["module", "ridge", "held-out routing"], rows: rows, rightAligned: [1, 2]))
+    say(reports)
     print("\(output): \(reports.count) routers calibrated")
   }
 
-  private func fitToRecorded(_ activations: String) throws -> [MixtureCalibration.LayerReport] {
+  private func fit(
+    _ opened: Mixture, to activations: String, _ options: MixtureCalibration.Options
+  ) throws -> [MixtureCalibration.LayerReport] {
     let calibration = try MixtureCalibration(
-      of: Checkpoint.open(mixture), with: Checkpoint.open(activations))
-    try refuse(writing: output, overInputs: [mixture, activations])
+      of: opened, with: Checkpoint.open(activations), options)
+    try refuse(writing: output, overInputs: [mixture, activations] + experts.map { $0.path })
+    for remark in calibration.remarks { note(remark) }
     let sink = try Checkpoint.create(output, calibration.manifest)
-    let reports = try calibration.run(into: sink, workers: resources.jobs)
+    let reports = try calibration.run(
+      into: sink, memory: resources.memory.bytes, workers: resources.jobs)
     try sink.finish()
     return reports
   }
 
-  private func fitProgressively(_ inputs: String) throws -> [MixtureCalibration.LayerReport] {
-    let opened = try Checkpoint.open(mixture)
+  private func fitProgressively(
+    _ opened: Mixture, to inputs: String, _ options: MixtureCalibration.Options
+  ) throws -> [MixtureCalibration.LayerReport] {
     let samples = try ModelInputs(Checkpoint.open(inputs))
     let activations = try ProgressiveActivations(
-      of: opened, over: samples, memory: resources.memory.bytes, workers: resources.jobs
+      of: opened.source, over: samples, memory: resources.memory.bytes, workers: resources.jobs
     ) { try transformer.pass(of: $0, for: samples) }
-    let calibration = try MixtureCalibration(of: opened, with: activations)
-    try refuse(writing: output, overInputs: [mixture, inputs])
+    let calibration = try MixtureCalibration(of: opened, with: activations, options)
+    try refuse(writing: output, overInputs: [mixture, inputs] + experts.map { $0.path })
+    for remark in calibration.remarks { note(remark) }
     let sink = try Checkpoint.create(output, calibration.manifest)
     // A layer begins when the one before it is done; within it the samples share the workers.
-    let reports = try calibration.run(into: activations.observing(sink), workers: 1)
+    let reports = try calibration.run(
+      into: activations.observing(sink), memory: resources.memory.bytes, workers: 1)
     try sink.finish()
     return reports
+  }
+
+  private func options(for description: MixtureDescription) throws -> MixtureCalibration.Options {
+    var options = MixtureCalibration.Options()
+    options.method = method == .ridge ? .ridge : .output
+    options.samplesPerTask = samples
+    options.activation = transformer.activation
+    if !experts.isEmpty {
+      options.experts = try description.experts.map { name in
+        guard let path = experts.first(where: { $0.name == name })?.path else {
+          throw MergeError(
+            "\(mixture) has the expert \(quoted(name)), which is not among --expert")
+        }
+        return try Checkpoint.open(path)
+      }
+    }
+    return options
+  }
+
+  /// What the routers do on samples that their fit has not seen.
+  private func say(_ reports: [MixtureCalibration.LayerReport]) {
+    func percent(_ share: Double) -> String {
+      share.isNaN ? "" : "\(decimal(100 * share, 1)) %"
+    }
+    let rows = reports.map { report in
+      [
+        report.module, report.isMatched ? "outputs" : "tasks",
+        percent(report.routingAccuracy.before), percent(report.routingAccuracy.after),
+        report.outputError.map { decimal($0.before, 3) } ?? "",
+        report.outputError.map { decimal($0.after, 3) } ?? "",
+      ]
+    }
+    print(
+      Table(
+        columns: [
+          "module", "fitted to", "routing before", "after", "output error before", "after",
+        ],
+        rows: rows, rightAligned: [2, 3, 4, 5]))
   }
 }

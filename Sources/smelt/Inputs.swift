@@ -21,11 +21,7 @@ struct FamilyArguments: ParsableArguments {
     let family = try ModelFamily(
       base: Checkpoint.open(base),
       experts: experts.map { .init(name: $0.name, source: try Checkpoint.open($0.path)) })
-    for (expert, tensors) in family.leftOut {
-      note(
-        "\(expert) has \(tensors.count) tensors that the base has not; they are left out: \(tensors.prefix(5).map(quoted).joined(separator: ", "))\(tensors.count > 5 ? ", …" : "")"
-      )
-    }
+    for remark in family.remarks { note(remark.description) }
     return family
   }
 }

@@ -1,6 +1,7 @@
 import ArgumentParser
 import Checkpoints
 import Foundation
+import Merging
 
 struct Inspect: ParsableCommand {
   static let configuration = CommandConfiguration(
@@ -13,7 +14,9 @@ struct Inspect: ParsableCommand {
   var json = false
 
   func run() throws {
-    let manifest = try Checkpoint.open(path).manifest
+    let source = try Checkpoint.open(path)
+    let manifest = source.manifest
+    if let warning = MixtureDescription.warning(of: source) { note(warning) }
     if json {
       try printJSON(manifest)
     } else {

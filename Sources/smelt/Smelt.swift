@@ -18,7 +18,8 @@ struct Smelt: ParsableCommand {
     version: "0.1.0",
     subcommands: [
       Inspect.self, Convert.self, Verify.self, Diff.self, Merge.self, Methods.self, Upscale.self,
-      Calibrate.self, RecordActivations.self, Disentangle.self, Gram.self, Pack.self, Unpack.self,
+      Calibrate.self, CollapseCommand.self, RecordActivations.self, Disentangle.self, Gram.self,
+      Pack.self, Unpack.self,
     ])
 
   static func main() {

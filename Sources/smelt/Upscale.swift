@@ -1,5 +1,6 @@
 import ArgumentParser
 import Checkpoints
+import Foundation
 import Merging
 
 struct Upscale: ParsableCommand {
@@ -10,6 +11,10 @@ struct Upscale: ParsableCommand {
       for each expert (WEMoE, arXiv 2402.00433); everything else is merged by task arithmetic, \
       base + λ·Σ(expert − base). Until its routers are calibrated the mixture equals task \
       arithmetic: see 'smelt calibrate'.
+
+      The MLPs are found by the tensors' names (\(TransformerMLP.knownFamilies)); --mlp tells \
+      where others are. --prune 0.9 --shared-gate make the efficient form (E-WEMoE, \
+      arXiv 2410.21804).
       """)
 
   @OptionGroup var family: FamilyArguments
@@ -32,25 +37,96 @@ struct Upscale: ParsableCommand {
   @Option(help: "Seed of the routers' random initialisation.")
   var seed: UInt64 = 0
 
+  @Option(
+    help: ArgumentHelp(
+      "Where the MLPs are, {i} being the layer's number: blocks.{i}.ffn, or with its linear maps in order, blocks.{i}.ffn:lin1,lin2.",
+      valueName: "pattern"))
+  var mlp: [String] = []
+
+  @Option(help: "The layers to upscale, such as 0-5,11; the others are merged.")
+  var layers: LayerRange?
+
+  @Option(
+    help: ArgumentHelp(
+      "Set this share of every task vector's tensors to zero, the smallest first.",
+      valueName: "ratio"))
+  var prune: Double?
+
+  @Flag(help: "One router for all layers, stored once: metadata tells which gates it stands for.")
+  var sharedGate = false
+
+  @Flag(help: "With --shared-gate: store its copy in every layer, as FusionBench loads it.")
+  var duplicateGate = false
+
+  @Option(help: "How task vectors are stored: dense, sparse, int8, int4 or lowrank.")
+  var store = Storage.dense
+
+  @Option(help: "The rank of --store lowrank.")
+  var rank: Int?
+
+  @Option(
+    help: ArgumentHelp(
+      "The MLPs' nonlinearity, where the model does not tell: \(ActivationName.all).",
+      valueName: "name"))
+  var activation: ActivationName?
+
+  @Flag(help: "Keep the heads that only some experts have, as experts.NAME.TENSOR.")
+  var keepHeads = false
+
+  @Option(
+    help: ArgumentHelp(
+      "wemoe, or mixtral: Llama-like experts as whole MLPs side by side, which transformers loads.",
+      discussion:
+        "A Mixtral's gates are fitted to --activations; its config.json is written beside it."))
+  var format = Format.wemoe
+
+  @Option(help: "Recorded activations, for --format mixtral.", completion: .file())
+  var activations: String?
+
+  @Option(help: "How many experts a token has, for --format mixtral.")
+  var expertsPerToken = 2
+
+  @Flag(help: "Say what would be written and what it would take, and write nothing.")
+  var dryRun = false
+
   @OptionGroup var resources: Resources
 
+  enum Storage: String, ExpressibleByArgument, CaseIterable {
+    case dense, sparse, int8, int4, lowrank
+  }
+
+  enum Format: String, ExpressibleByArgument, CaseIterable {
+    case wemoe, mixtral
+  }
+
   func validate() throws {
+    guard (format == .mixtral) == (activations != nil) else {
+      throw ValidationError("--format mixtral and --activations go together.")
+    }
     guard (0...2).contains(routerDepth) else {
       throw ValidationError("--router-depth is 0, 1 or 2.")
     }
     guard scaling.isFinite else { throw ValidationError("--lambda must be a finite number.") }
+    guard sharedGate || !duplicateGate else {
+      throw ValidationError("--duplicate-gate needs --shared-gate.")
+    }
+    guard (store == .lowrank) == (rank != nil) else {
+      throw ValidationError("--store lowrank and --rank go together.")
+    }
+    if let prune, !(0...1).contains(prune) {
+      throw ValidationError("--prune is from 0 to 1.")
+    }
+    if let rank, rank < 1 { throw ValidationError("--rank must be at least 1.") }
   }
 
   func run() throws {
-    var options = Upscaling.Options()
-    options.scaling = scaling
-    options.routerDepth = routerDepth
-    options.seed = seed
-    options.cleaning = try cleaning.cleaning(or: nil)
-    let upscaling = try Upscaling(family.open(), options)
+    if format == .mixtral { return try writeSparse() }
+    var upscaling = try Upscaling(family.open(), options())
     for output in [output] + (taskVectors.map { [$0] } ?? []) {
       try refuse(writing: output, overInputs: family.paths)
     }
+    if dryRun { return sayPlan(of: upscaling) }
+    try upscaling.survey(memory: resources.memory.bytes, workers: resources.jobs)
     let mixture = try Checkpoint.create(output, upscaling.manifest)
     let vectors = try taskVectors.map { try Checkpoint.create($0, upscaling.taskVectorManifest) }
     let report = try upscaling.run(
@@ -59,20 +135,122 @@ struct Upscale: ParsableCommand {
     say(upscaling, report)
   }
 
-  private func say(_ upscaling: Upscaling, _ report: DisentanglementSummary?) {
+  private func writeSparse() throws {
+    let sparse = try SparseMixture(
+      family.open(), scaling: scaling, activations: Checkpoint.open(activations!),
+      expertsPerToken: min(expertsPerToken, family.experts.count))
+    try refuse(writing: output, overInputs: family.paths + [activations!])
+    let folder = URL(filePath: output).deletingLastPathComponent()
+    let configuration = folder.appending(path: "config.json")
+    if sparse.configuration != nil {
+      for path in family.paths.map({ URL(filePath: $0).deletingLastPathComponent() })
+      where path.standardizedFileURL == folder.standardizedFileURL {
+        throw MergeError(
+          "\(configuration.path) is an input's", remedy: "write to a folder of its own")
+      }
+    }
+    let sink = try Checkpoint.create(output, sparse.manifest)
+    let reports = try sparse.run(
+      into: sink, memory: resources.memory.bytes, workers: resources.jobs)
+    if let text = sparse.configuration?.text {
+      try Data(text.utf8).write(to: configuration, options: .atomic)
+    }
+    try sink.finish()
+    let rows = reports.map {
+      [$0.module, "\(decimal(100 * $0.routingAccuracy, 1)) %", decimal($0.sharpness, 0)]
+    }
+    print(
+      Table(
+        columns: ["module", "held-out routing", "sharpness"], rows: rows, rightAligned: [1, 2]))
+    print("\(output): a Mixtral, \(summary(of: sparse.manifest))")
+    if sparse.configuration == nil { note("the base has no config.json to make one from") }
+  }
+
+  private func options() throws -> Upscaling.Options {
+    var options = Upscaling.Options()
+    options.scaling = scaling
+    options.routerDepth = routerDepth
+    options.seed = seed
+    options.cleaning = try cleaning.cleaning(or: nil)
+    if !mlp.isEmpty { options.mlps = try mlp.map { try TransformerMLP(pattern: $0) } }
+    options.layers = layers?.numbers
+    options.pruning = prune
+    options.gates = !sharedGate ? .own : duplicateGate ? .duplicated : .shared
+    options.activation = activation?.activation
+    options.keepsHeads = keepHeads
+    switch store {
+    case .dense: options.storage = .dense
+    case .sparse: options.storage = .sparse
+    case .int8: options.storage = .int8
+    case .int4: options.storage = .int4
+    case .lowrank: options.storage = .lowRank(rank!)
+    }
+    return options
+  }
+
+  private func sayPlan(of upscaling: Upscaling) {
+    let cost = upscaling.cost(
+      memory: resources.memory.bytes, withTaskVectors: taskVectors != nil)
+    let rows = [
+      ["experts", "\(upscaling.family.experts.count)"],
+      ["MLP modules", "\(upscaling.modules.count)"],
+      ["parameters", "\(millions(cost.parameters)) M"],
+      ["  other than zero", "\(millions(cost.remaining)) M"],
+      ["read", "\(ByteSize(bytes: cost.bytesRead)) (the MLPs \(cost.passes) ×)"],
+      ["written", "\(ByteSize(bytes: cost.bytesWritten))"],
+      ["peak memory", "\(ByteSize(bytes: cost.peakMemory)) at most"],
+    ]
+    print(Table(columns: [output, ""], rows: rows))
+  }
+
+  private func millions(_ count: Int) -> String { decimal(Double(count) / 1e6, 2) }
+
+  private func say(_ upscaling: Upscaling, _ report: Upscaling.Report) {
     print(
       "\(output): \(upscaling.family.experts.count) experts in \(upscaling.modules.count) MLP modules, \(summary(of: upscaling.manifest))"
     )
     if let taskVectors { print("\(taskVectors): \(summary(of: upscaling.taskVectorManifest))") }
-    if let report {
-      let whole = report.whole
+    if let cleaning = report.cleaning {
+      let whole = cleaning.whole
       print(
         "mean |cos| of the task vectors: \(decimal(whole.before.meanAbsoluteCosine)) before cleaning, \(decimal(whole.after.meanAbsoluteCosine)) after"
       )
-      for warning in report.warnings { note(warning) }
+      for warning in cleaning.warnings { note(warning) }
     }
-    note(
-      "the routers are not calibrated yet: until 'smelt calibrate' this mixture equals task arithmetic"
-    )
+    if let errors = report.errors {
+      let names = upscaling.family.experts.map { $0.name }
+      print("relative error of the stored task vectors:")
+      for (name, error) in zip(names, errors) { print("  \(name)  \(decimal(error, 6))") }
+    }
+    note(upscaling.warning)
   }
+}
+
+/// Numbers of layers as people write them: `0-5,11`.
+struct LayerRange: ExpressibleByArgument {
+  let numbers: Set<Int>
+
+  init?(argument: String) {
+    var numbers = Set<Int>()
+    for part in argument.split(separator: ",", omittingEmptySubsequences: false) {
+      let ends = part.split(separator: "-", omittingEmptySubsequences: false).map { Int($0) }
+      guard (1...2).contains(ends.count), let first = ends[0], let last = ends[ends.count - 1],
+        0 <= first, first <= last, last < 100_000
+      else { return nil }
+      numbers.formUnion(first...last)
+    }
+    self.numbers = numbers
+  }
+}
+
+/// An activation by the names that model configurations use.
+struct ActivationName: ExpressibleByArgument {
+  let activation: Activation
+
+  init?(argument: String) {
+    guard let activation = Activation(configurationName: argument) else { return nil }
+    self.activation = activation
+  }
+
+  static var all: String { Activation.allCases.map { $0.rawValue }.joined(separator: ", ") }
 }

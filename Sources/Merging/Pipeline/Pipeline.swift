@@ -23,6 +23,14 @@ public struct Step<Operation: TileOperation>: Sendable {
   public let outputs: [Place]
   public let elements: Range<Int>
 
+  /// One step that covers whole tensors, for a worker that must see them in order.
+  init(whole inputs: [Place], outputs: [Place], with operation: Operation) {
+    self.operation = operation
+    self.inputs = inputs
+    self.outputs = outputs
+    elements = 0..<inputs[0].tensor.elementCount
+  }
+
   /// Steps of about 4 Mi elements that together cover whole tensors.
   ///
   /// The cuts are fixed, so that neither workers nor budget show in a sum over a step.
@@ -35,6 +43,15 @@ public struct Step<Operation: TileOperation>: Sendable {
         operation: operation, inputs: inputs, outputs: outputs,
         elements: begin..<min(begin + stride, count))
     }
+  }
+
+  private init(
+    operation: Operation, inputs: [Place], outputs: [Place], elements: Range<Int>
+  ) {
+    self.operation = operation
+    self.inputs = inputs
+    self.outputs = outputs
+    self.elements = elements
   }
 }
 

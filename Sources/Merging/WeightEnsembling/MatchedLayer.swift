@@ -31,19 +31,16 @@ struct MatchedLayer: Sendable {
       for sample in rows { forms.points[sample, task] = 1 }
       for batch in batches(rows) {
         let inputs = tokens(of: batch)
-        let sums = mixed.fc1(inputs)
-        let hidden = sums.map { module.activation($0) }
-        let slopes = sums.map { module.activation.derivative($0) }
+        let inside = MLPTangent(mixed, at: inputs, module.activation)
         var residuals: Matrix<Float>?
         if let experts {
-          residuals = mixed.fc2(hidden)
+          residuals = mixed.fc2(inside.hidden)
           residuals!.subtract(experts[task](inputs, module.activation))
         }
         let derivatives = module.taskVectors.map { taskVector in
-          var change = taskVector.fc1(inputs)
-          for index in change.elements.indices { change.elements[index] *= slopes.elements[index] }
-          var derivative = taskVector.fc2(hidden)
-          derivative.add(.plain(change), .transposed(mixed.fc2.weight))
+          var derivative = taskVector.fc2(inside.hidden)
+          derivative.add(
+            .plain(inside.change(by: taskVector, inputs)), .transposed(mixed.fc2.weight))
           return derivative
         }
         let rowLength = tokensPerSample * tokens.columnCount
@@ -70,8 +67,12 @@ struct MatchedLayer: Sendable {
 
   /// What gates do on some of the samples.
   func qualities(of gates: [Dense], _ rows: [Int]) -> [OutputMatching.Quality] {
-    let mixtures = gates.map { $0(samples.features) }
-    var errors = gates.map { _ in 0.0 }
+    qualities(ofMixtures: gates.map { $0(samples.features) }, rows)
+  }
+
+  /// What mixtures, one for each sample, do on some of the samples.
+  func qualities(ofMixtures mixtures: [Matrix<Float>], _ rows: [Int]) -> [OutputMatching.Quality] {
+    var errors = mixtures.map { _ in 0.0 }
     var distance = 0.0
     for task in 0..<module.taskVectors.count {
       let expert = experts?[task] ?? module.expert(task)
@@ -92,9 +93,13 @@ struct MatchedLayer: Sendable {
     return zip(mixtures, errors).map { mixtures, error in
       OutputMatching.Quality(
         outputError: distance > 0 ? (error / distance).squareRoot() : 0,
-        routingAccuracy: routingAccuracy(
-          mixtures.rows(rows).map { Double($0) }, rows.map { samples.tasks[$0] }))
+        routingAccuracy: Self.accuracy(of: mixtures, rows, samples.tasks))
     }
+  }
+
+  /// The share of some samples whose largest weight is their own task's.
+  static func accuracy(of mixtures: Matrix<Float>, _ rows: [Int], _ tasks: [Int]) -> Double {
+    routingAccuracy(mixtures.rows(rows).map { Double($0) }, rows.map { tasks[$0] })
   }
 }
 
@@ -109,13 +114,19 @@ extension WeightEnsemblingMLP {
   /// The outputs for rows of tokens, each with a mixture of its own, without putting together
   /// weights for every sample: one result for each choice of mixtures.
   func outputs(_ tokens: Matrix<Float>, mixtures: [Matrix<Float>]) -> [Matrix<Float>] {
-    var sums = Array(repeating: base.fc1(tokens), count: mixtures.count)
-    for (task, taskVector) in taskVectors.enumerated() {
-      let term = taskVector.fc1(tokens)
-      for index in sums.indices { sums[index].add(term, rowScales: mixtures[index], task) }
+    func mixed(_ map: (MLPWeights) -> Dense) -> [Matrix<Float>] {
+      var sums = Array(repeating: map(base)(tokens), count: mixtures.count)
+      for (task, taskVector) in taskVectors.enumerated() {
+        let term = map(taskVector)(tokens)
+        for index in sums.indices { sums[index].add(term, rowScales: mixtures[index], task) }
+      }
+      return sums
     }
-    return zip(sums, mixtures).map { sum, mixture in
-      let hidden = sum.map { activation($0) }
+    let sums = mixed { $0.fc1 }
+    let gates = base.gate == nil ? nil : mixed { $0.gate! }
+    return mixtures.enumerated().map { index, mixture in
+      var hidden = (gates ?? sums)[index].map { activation($0) }
+      if gates != nil { hidden.multiply(sums[index]) }
       var output = base.fc2(hidden)
       for (task, taskVector) in taskVectors.enumerated() {
         output.add(taskVector.fc2(hidden), rowScales: mixture, task)
@@ -134,5 +145,53 @@ extension Matrix where Scalar == Float {
         elements[index] += scale * other.elements[index]
       }
     }
+  }
+}
+
+/// What is inside an MLP at some inputs, and how it follows a change of its weights.
+private struct MLPTangent {
+  /// What the second map gets.
+  let hidden: Matrix<Float>
+  /// By how much `hidden` grows with the input of the activation.
+  private let slopes: Matrix<Float>
+  /// Of a gated MLP: by how much `hidden` grows with the other factor.
+  private let gates: Matrix<Float>?
+
+  init(_ mlp: MLPWeights, at inputs: Matrix<Float>, _ activation: Activation) {
+    let sums = mlp.fc1(inputs)
+    guard let gate = mlp.gate else {
+      hidden = sums.map { activation($0) }
+      slopes = sums.map { activation.derivative($0) }
+      gates = nil
+      return
+    }
+    let gateSums = gate(inputs)
+    let opened = gateSums.map { activation($0) }
+    var slopes = gateSums.map { activation.derivative($0) }
+    slopes.multiply(sums)
+    var hidden = opened
+    hidden.multiply(sums)
+    (self.hidden, self.slopes, gates) = (hidden, slopes, opened)
+  }
+
+  /// The derivative of `hidden` towards a change of the weights.
+  func change(by taskVector: MLPWeights, _ inputs: Matrix<Float>) -> Matrix<Float> {
+    var change = taskVector.fc1(inputs)
+    guard let gates, let gate = taskVector.gate else {
+      change.multiply(slopes)
+      return change
+    }
+    change.multiply(gates)
+    var opening = gate(inputs)
+    opening.multiply(slopes)
+    for index in change.elements.indices { change.elements[index] += opening.elements[index] }
+    return change
+  }
+}
+
+extension Matrix where Scalar == Float {
+  /// Multiplies element by element.
+  mutating func multiply(_ other: Matrix) {
+    for index in elements.indices { elements[index] *= other.elements[index] }
   }
 }

@@ -2,89 +2,137 @@ public import Checkpoints
 
 /// Fitting every router of a mixture to recorded activations, one layer at a time.
 ///
-/// The activations checkpoint holds, for every module, a tensor named by its prefix —
-/// `[samples, width]` averaged over tokens, or `[samples, tokens, width]` — and `task`,
-/// `[samples]`, the number of each sample's expert.
+/// The activations are those of `Activations`. A quarter of the samples is held out of a first
+/// fit, to say what a router does that has not seen them; what is written is fitted to all.
 public struct MixtureCalibration: Sendable {
-  public struct LayerReport: Sendable {
-    public let module: String
-    /// The strength of the ridge that leave-one-out chose.
-    public let ridge: Double
-    /// How many samples a router that has not seen them would send to their own expert.
-    public let routingAccuracy: Double
+  public enum Method: String, Sendable, CaseIterable {
+    /// A linear gate to one-hot targets, in closed form.
+    case ridge
+    /// A linear gate to the experts' outputs, beginning at the ridge's.
+    case output
   }
 
-  private let mixture: any TensorSource
-  private let activations: any TensorSource
-  private let description: MixtureDescription
+  public struct Options: Sendable {
+    public var method = Method.output
+    /// How many samples of each task are used, spread evenly over those there are.
+    public var samplesPerTask = 256
+    /// The fine-tuned models, in the order of the experts: what the outputs are compared with.
+    /// Without them it is what the mixture makes of one expert alone, which is the same as long
+    /// as its task vectors are neither pruned nor coded.
+    public var experts: [any TensorSource]?
+    /// What the MLPs compute between their maps, if the mixture does not say.
+    public var activation: Activation?
+
+    public init() {}
+  }
+
+  /// What one layer's router does on samples that its fit has not seen.
+  public struct LayerReport: Sendable {
+    public let module: String
+    /// The strength of the ridge that was chosen.
+    public let ridge: Double
+    /// The share of samples with the largest weight on their own expert.
+    public let routingAccuracy: (before: Double, after: Double)
+    /// ‖output − expert's‖ over ‖base's − expert's‖; `nil` where the MLP is of a kind that
+    /// cannot be computed.
+    public let outputError: (before: Double, after: Double)?
+    /// Whether the outputs were matched, and not only the tasks.
+    public let isMatched: Bool
+  }
+
+  private let mixture: Mixture
+  private let activations: Activations
+  private let options: Options
+  /// The samples that are used, and their tasks.
+  private let samples: [Int]
   private let tasks: [Int]
-  private let modules: [String]
+  private let activation: Activation?
   /// The calibrated mixture: the same tensors; its description says that it is calibrated.
   public let manifest: Manifest
 
   /// - Throws: `CheckpointError` if the mixture is none, or the activations do not fit it.
-  public init(of mixture: any TensorSource, with activations: any TensorSource) throws {
-    var description = try MixtureDescription(of: mixture)
+  public init(
+    of mixture: Mixture, with activations: any TensorSource, _ options: Options = Options()
+  ) throws {
+    var description = mixture.description
     guard description.routerDepth > 0 else {
       throw CheckpointError(
-        file: mixture.path, "has routers of depth 0, which cannot see their input",
+        file: mixture.source.path, "has routers of depth 0, which cannot see their input",
         remedy: "upscale again with --router-depth 1 or 2")
     }
-    let suffix = description.routerDepth == 1 ? ".gate.fc.weight" : ".gate.fc1.weight"
-    modules = mixture.manifest.tensors.map { $0.name }.filter { $0.hasSuffix(suffix) }
-      .map { String($0.dropLast(suffix.count)) }
-    tasks = try MixtureCalibration.readTasks(activations, experts: description.experts.count)
-    for module in modules {
-      let width = try mixture.tensor(module + suffix).shape.last!
-      try MixtureCalibration.check(
-        activations, module: module, width: width, samples: tasks.count)
+    let inputs = try Activations(activations, of: description.modules)
+    let tasks = try inputs.tasks(experts: description.experts.count)
+    for module in description.modules
+    where inputs.sampleCount(of: module.prefix) != tasks.count {
+      throw CheckpointError(
+        file: activations.path, tensor: module.prefix,
+        "has \(inputs.sampleCount(of: module.prefix)) samples, but \"task\" has \(tasks.count)")
     }
+    if let experts = options.experts { try MixtureCalibration.check(experts, against: mixture) }
+    samples = MixtureCalibration.spread(tasks, perTask: options.samplesPerTask)
+    self.tasks = samples.map { tasks[$0] }
     description.calibrated = true
+    description.calibration = options.method.rawValue
     manifest = Manifest(
-      mixture.manifest.tensors,
-      metadata: mixture.manifest.metadata.merging(description.metadata) { $1 })
+      mixture.source.manifest.tensors,
+      metadata: mixture.source.manifest.metadata.merging(description.metadata) { $1 })
     self.mixture = mixture
-    self.activations = activations
-    self.description = description
+    self.activations = inputs
+    self.options = options
+    activation =
+      options.activation ?? description.activation.flatMap { Activation(rawValue: $0) }
   }
 
-  private static func readTasks(_ activations: any TensorSource, experts: Int) throws -> [Int] {
-    let tensor = try activations.tensor("task")
-    let tasks = try activations.integers(of: tensor)
-    guard tensor.shape.count == 1, !tasks.isEmpty else {
-      throw CheckpointError(
-        file: activations.path, tensor: "task",
-        "has the shape \(tensor.shapeDescription) instead of [samples]")
-    }
-    for task in 0..<experts where !tasks.contains(task) {
-      throw CheckpointError(
-        file: activations.path, tensor: "task", "has no sample of expert \(task)",
-        remedy: "record some for each of the \(experts) experts")
-    }
-    for task in tasks where !(0..<experts).contains(task) {
-      throw CheckpointError(
-        file: activations.path, tensor: "task",
-        "names expert \(task), but the mixture has experts 0 to \(experts - 1)")
-    }
-    return tasks
-  }
-
-  private static func check(
-    _ activations: any TensorSource, module: String, width: Int, samples: Int
-  ) throws {
-    let tensor = try activations.tensor(module)
-    guard (2...3).contains(tensor.shape.count), tensor.shape[0] == samples,
-      tensor.shape.last == width, !tensor.shape.contains(0)
-    else {
-      throw CheckpointError(
-        file: activations.path, tensor: module,
-        "has the shape \(tensor.shapeDescription) instead of [\(samples), \(width)] or [\(samples), tokens, \(width)]"
+  private static func check(_ experts: [any TensorSource], against mixture: Mixture) throws {
+    guard experts.count == mixture.description.experts.count else {
+      throw MergeError(
+        "\(experts.count) fine-tuned models are given, but \(mixture.source.path) has the experts \(mixture.description.experts.map(quoted).joined(separator: ", "))"
       )
     }
-    guard tensor.dtype.isArithmetic else {
-      throw CheckpointError(
-        file: activations.path, tensor: module, "is \(tensor.dtype.rawValue), not floating-point")
+    for (module, keys) in mixture.modules {
+      for key in keys {
+        let base = try mixture.source.tensor("\(module.prefix).base_model.\(key)")
+        for expert in experts {
+          let own = try expert.tensor("\(module.original).\(key)")
+          guard own.shape == base.shape, own.dtype.isArithmetic else {
+            throw CheckpointError(
+              file: expert.path, tensor: own.name,
+              "is \(own.dtype.rawValue) \(own.shapeDescription), but the mixture's has the shape \(base.shapeDescription)"
+            )
+          }
+        }
+      }
     }
+  }
+
+  /// At most so many samples of every task, evenly spread, in their order.
+  private static func spread(_ tasks: [Int], perTask: Int) -> [Int] {
+    var chosen: [Int] = []
+    for task in Set(tasks) {
+      let own = tasks.indices.filter { tasks[$0] == task }
+      let count = min(perTask, own.count)
+      chosen += (0..<count).map { own[$0 * own.count / count] }
+    }
+    return chosen.sorted()
+  }
+
+  /// What a person should know before the run.
+  public var remarks: [String] {
+    var remarks: [String] = []
+    if options.method == .output, mixture.gates.count < mixture.modules.count {
+      remarks.append("a shared router is fitted to the tasks by ridge, not to the outputs")
+    } else if options.method == .output, activation == nil {
+      remarks.append(
+        "the MLPs' activation is not known, so the routers are fitted to the tasks by ridge; tell it with --activation"
+      )
+    }
+    let isExact = mixture.description.pruning == nil && mixture.description.storage == nil
+    if !isExact, options.experts == nil, options.method == .output {
+      remarks.append(
+        "the task vectors are pruned or coded: give the fine-tuned models with --expert to match their outputs"
+      )
+    }
+    return remarks
   }
 }
 
@@ -92,53 +140,236 @@ public struct MixtureCalibration: Sendable {
 
 extension MixtureCalibration {
   /// Writes the mixture with fitted routers.
-  public func run(into sink: any TensorSink, workers: Int) throws -> [LayerReport] {
-    let rest = mixture.manifest.tensors.filter { tensor in
-      !modules.contains { tensor.name.hasPrefix($0 + ".gate.") }
+  ///
+  /// - Parameter memory: as many layers are worked on together as have room in it.
+  public func run(into sink: any TensorSink, memory: Int, workers: Int) throws -> [LayerReport] {
+    let gates = mixture.gates
+    let rest = mixture.source.manifest.tensors.filter { tensor in
+      !gates.contains { tensor.name.hasPrefix("\($0.gate).") }
     }
-    try mixture.copy(rest, into: sink, workers: workers)
-    let reports = StepResults<LayerReport>(count: modules.count)
-    try forEachStep(count: modules.count, workers: workers) {
+    try mixture.source.copy(rest, into: sink, workers: workers)
+    let largest = mixture.modules.indices.map(need).max() ?? 0
+    guard largest <= memory else {
+      throw MergeError(
+        "a layer with its experts and samples takes \(largest) bytes; the budget is \(memory)",
+        remedy: "give it more with --memory, or use fewer --samples")
+    }
+    if gates.count < mixture.modules.count { return try calibrateShared(into: sink) }
+    let reports = StepResults<LayerReport>(count: mixture.modules.count)
+    try forEachStep(
+      count: mixture.modules.count, workers: min(workers, memory / max(1, largest))
+    ) {
     } body: { step, _ in
-      reports[step] = try calibrate(modules[step], into: sink)
+      reports[step] = try calibrate(step, into: sink)
     }
     return reports.all
   }
 
-  private func calibrate(_ module: String, into sink: any TensorSink) throws -> LayerReport {
-    let tensor = try activations.tensor(module)
-    var features = Matrix<Float>(
-      rowCount: tasks.count, columnCount: tensor.rowLength, repeating: 0)
-    var largest: Float = 0
-    try forEachToken(of: tensor) { sample, tokens, values in
-      for column in values.indices {
-        features[sample, column] += values[column] / Float(tokens)
-        largest = max(largest, abs(values[column]))
-      }
+  /// Bytes of a layer's weights, features and what is computed from them.
+  private func need(_ index: Int) -> Int {
+    let (module, keys) = mixture.modules[index]
+    let parameters = keys.reduce(0) {
+      $0 + mixture.source.manifest["\(module.prefix).base_model.\($1)"]!.elementCount
     }
-    let fit = try RouterCalibration(
-      CalibrationSamples(features: features, tasks: tasks, taskCount: description.experts.count))
-    try Router(embedding: fit.gate, depth: description.routerDepth, largestInput: largest)
-      .write(into: sink, gate: "\(module).gate")
-    return LayerReport(
-      module: module, ridge: fit.ridge, routingAccuracy: fit.leaveOneOutAccuracy)
+    let experts = mixture.description.experts.count
+    let weights = parameters * (2 + experts * (options.experts == nil ? 1 : 2))
+    let features = samples.count * module.width * (2 + 3 * 2) + 3 * module.width * module.width * 2
+    return 4 * (weights + features)
   }
 
-  /// Reads one token at a time.
-  private func forEachToken(
-    of tensor: TensorInfo, _ body: (_ sample: Int, _ tokens: Int, Span<Float>) -> Void
-  ) throws {
-    let width = tensor.rowLength
-    let tokens = tensor.shape.count == 3 ? tensor.shape[1] : 1
-    let rowBytes = width * tensor.dtype.bitWidth / 8
-    var bytes = Buffer(byteCount: rowBytes)
-    var row = [Float](repeating: 0, count: width)
-    for token in 0..<tensor.shape[0] * tokens {
-      var raw = bytes.first(rowBytes)
-      try activations.read(tensor, at: token * rowBytes, into: &raw)
-      var values = row.mutableSpan
-      tensor.dtype.decode(raw.bytes, into: &values)
-      body(token / tokens, tokens, row.span)
+  private func features(of module: String) throws -> (samples: CalibrationSamples, largest: Float) {
+    let (features, largest) = try activations.means(of: module, samples)
+    do {
+      return (
+        try CalibrationSamples(
+          features: features, tasks: tasks, taskCount: mixture.description.experts.count), largest
+      )
+    } catch {
+      throw CheckpointError(
+        file: activations.source.path, tensor: module, error.description)
     }
+  }
+
+  private func calibrate(_ index: Int, into sink: any TensorSink) throws -> LayerReport {
+    let module = mixture.modules[index].module
+    let (samples, largest) = try features(of: module.prefix)
+    let layer = try layer(index, samples)
+    let fit: (gate: Dense, report: LayerReport)
+    if options.method == .output, let layer, samples.canBeSplit {
+      let matching = try OutputMatching(
+        samples, tokens: layer.tokens, module: layer.module, experts: layer.experts)
+      fit = (
+        matching.gate,
+        try report(
+          module, layer, samples, fitted: nil, ridge: matching.ridge ?? 0,
+          after: matching.after, isMatched: matching.ridge != nil)
+      )
+    } else {
+      let ridge = RouterCalibration(samples)
+      fit = (ridge.gate, try report(module, layer, samples, ridge))
+    }
+    try Router(
+      embedding: fit.gate, depth: mixture.description.routerDepth, largestInput: largest
+    ).write(into: sink, gate: module.gate)
+    return fit.report
+  }
+
+  /// One gate for all modules, fitted to the inputs of all.
+  private func calibrateShared(into sink: any TensorSink) throws -> [LayerReport] {
+    var reports: [LayerReport] = []
+    for (gate, modules) in mixture.gates {
+      let inputs = try modules.map { try features(of: $0.prefix) }
+      let stacked = try CalibrationSamples(layers: inputs.map { $0.samples })
+      let ridge = RouterCalibration(stacked)
+      let split = inputs[0].samples.canBeSplit ? try inputs[0].samples.split() : nil
+      let trial = try split.map { split in
+        RouterCalibration(
+          try CalibrationSamples(layers: inputs.map { $0.samples.subset(split.fitted) })
+        ).gate
+      }
+      for (module, input) in zip(modules, inputs) {
+        let index = mixture.modules.firstIndex { $0.module == module }!
+        let layer = try layer(index, input.samples)
+        reports.append(
+          try report(module, layer, input.samples, ridge, trial: trial))
+      }
+      try Router(
+        embedding: ridge.gate, depth: mixture.description.routerDepth,
+        largestInput: inputs.map { $0.largest }.max()!
+      ).write(into: sink, gate: gate)
+    }
+    return reports
+  }
+
+  // MARK: What came of it
+
+  private func report(
+    _ module: MixtureDescription.Module, _ layer: MatchedLayer?, _ samples: CalibrationSamples,
+    _ ridge: RouterCalibration, trial: Dense? = nil
+  ) throws -> LayerReport {
+    guard samples.canBeSplit else {
+      return LayerReport(
+        module: module.prefix, ridge: ridge.ridge,
+        routingAccuracy: (.nan, ridge.leaveOneOutAccuracy), outputError: nil, isMatched: false)
+    }
+    let split = try samples.split()
+    let gate = trial ?? RouterCalibration(samples.subset(split.fitted)).gate
+    let after =
+      layer?.qualities(of: [gate], split.held)[0]
+      ?? OutputMatching.Quality(
+        outputError: .nan,
+        routingAccuracy: MatchedLayer.accuracy(
+          of: gate(samples.features), split.held, samples.tasks))
+    return try report(
+      module, layer, samples, fitted: gate, ridge: ridge.ridge, after: after, isMatched: false)
+  }
+
+  private func report(
+    _ module: MixtureDescription.Module, _ layer: MatchedLayer?, _ samples: CalibrationSamples,
+    fitted: Dense?, ridge: Double, after: OutputMatching.Quality, isMatched: Bool
+  ) throws -> LayerReport {
+    let held = try samples.split().held
+    let router = try mixture.router(module.gate)
+    var mixtures = Matrix<Float>(
+      rowCount: samples.tasks.count, columnCount: samples.taskCount, repeating: 0)
+    for row in held {
+      let mean = Matrix(
+        rowCount: 1, columnCount: samples.features.columnCount,
+        elements: Array(samples.features[row: row]))
+      for (expert, weight) in router.mixture(mean).enumerated() { mixtures[row, expert] = weight }
+    }
+    let before = layer?.qualities(ofMixtures: [mixtures], held)[0]
+    return LayerReport(
+      module: module.prefix, ridge: ridge,
+      routingAccuracy: (
+        MatchedLayer.accuracy(of: mixtures, held, samples.tasks), after.routingAccuracy
+      ),
+      outputError: before.map { ($0.outputError, after.outputError) }, isMatched: isMatched)
+  }
+}
+
+// MARK: - A layer in memory
+
+extension MixtureCalibration {
+  /// How many rows of tokens are pushed through a layer's experts.
+  private static let tokenRows = 4096
+
+  /// The layer with its experts; `nil` if its MLP is of a kind that cannot be computed.
+  private func layer(_ index: Int, _ samples: CalibrationSamples) throws -> MatchedLayer? {
+    let (module, _) = mixture.modules[index]
+    guard let activation, module.maps.count == 2 || module.maps.count == 3 else { return nil }
+    func weights(_ source: any TensorSource, _ prefix: String) throws -> MLPWeights? {
+      try MLPWeights(of: source, prefix: prefix, maps: module.maps, isTransposed: module.transposed)
+    }
+    let prefix = module.prefix
+    guard let base = try weights(mixture.source, "\(prefix).base_model") else { return nil }
+    let vectors = try mixture.description.experts.indices.compactMap {
+      try weights(mixture.decoded, "\(prefix).task_vectors.\($0)")
+    }
+    let experts = try options.experts.map {
+      try $0.compactMap { try weights($0, module.original) }
+    }
+    let count = mixture.description.experts.count
+    return MatchedLayer(
+      samples: samples, tokens: try tokens(of: prefix),
+      module: WeightEnsemblingMLP(
+        router: .constant(Array(repeating: 0, count: count)), base: base, taskVectors: vectors,
+        activation: activation),
+      experts: experts)
+  }
+
+  /// The same number of tokens of every sample, spread evenly.
+  private func tokens(of module: String) throws -> Matrix<Float> {
+    let all = activations.tokenCount(of: module)
+    let count = min(all, max(1, MixtureCalibration.tokenRows / samples.count))
+    var rows: [Float] = []
+    var width = 0
+    for sample in samples {
+      let tokens = try activations.tokens(of: module, sample..<sample + 1)
+      width = tokens.columnCount
+      for token in 0..<count { rows += tokens[row: token * all / count] }
+    }
+    return Matrix(rowCount: samples.count * count, columnCount: width, elements: rows)
+  }
+}
+
+extension MLPWeights {
+  /// The linear maps below a prefix, in the order they are applied: two, or three of which the
+  /// first is a gate. `nil` where their shapes make no such MLP.
+  init?(
+    of source: any TensorSource, prefix: String, maps: [String], isTransposed: Bool
+  ) throws {
+    func dense(_ map: String) throws -> Dense? {
+      let tensor = try source.tensor("\(prefix).\(map).weight")
+      guard tensor.shape.count == 2 else { return nil }
+      var weight = Matrix(
+        rowCount: tensor.shape[0], columnCount: tensor.shape[1],
+        elements: try source.floats(of: tensor.name))
+      if isTransposed { weight = weight.transposed }
+      let hasBias = source.manifest["\(prefix).\(map).bias"] != nil
+      let bias =
+        hasBias
+        ? try source.floats(of: "\(prefix).\(map).bias")
+        : Array(repeating: 0, count: weight.rowCount)
+      return bias.count == weight.rowCount ? Dense(weight: weight, bias: bias) : nil
+    }
+    let layers = try maps.compactMap { try dense($0) }
+    guard layers.count == maps.count, let first = layers.first, let last = layers.last,
+      layers.dropLast().allSatisfy({ $0.weight.columnCount == first.weight.columnCount }),
+      layers.dropLast().allSatisfy({ $0.bias.count == last.weight.columnCount })
+    else { return nil }
+    self.init(fc1: layers[layers.count - 2], fc2: last)
+    if layers.count == 3 { gate = first }
+  }
+}
+
+extension Matrix {
+  fileprivate var transposed: Matrix {
+    var elements: [Scalar] = []
+    elements.reserveCapacity(self.elements.count)
+    for column in 0..<columnCount {
+      for row in 0..<rowCount { elements.append(self[row, column]) }
+    }
+    return Matrix(rowCount: columnCount, columnCount: rowCount, elements: elements)
   }
 }

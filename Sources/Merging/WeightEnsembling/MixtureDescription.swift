@@ -12,6 +12,29 @@ public struct MixtureDescription: Codable, Sendable, Equatable {
     case shared
   }
 
+  /// What E-WEMoE's magnitude pruning took away.
+  public struct Pruning: Codable, Sendable, Equatable {
+    /// ρ, the share of every tensor that was set to zero.
+    public var ratio: Double
+    /// ‖pruned − τ‖/‖τ‖ of each expert, all its MLPs together.
+    public var errors: [Double]
+  }
+
+  /// A WEMoE module.
+  public struct Module: Codable, Sendable, Equatable {
+    /// Where its tensors are: `encoder.layer.3.mlp`.
+    public var prefix: String
+    /// Where the MLP's tensors were in the original model: `encoder.layer.3`.
+    public var original: String
+    /// Where its router is stored: `{prefix}.gate`, or that of a module it shares one with.
+    public var gate: String
+    public var width: Int
+    /// Its linear maps in the order they are applied; with three, the first gates the second.
+    public var maps: [String]
+    /// Whether their weights are stored [in, out] and not [out, in].
+    public var transposed: Bool
+  }
+
   public var experts: [String]
   public var form: Form
   /// λ of the static part.
@@ -20,8 +43,17 @@ public struct MixtureDescription: Codable, Sendable, Equatable {
   public var seed: UInt64
   /// The preset that cleaned the task vectors and its parameters.
   public var cleaning: String?
+  public var pruning: Pruning?
+  public var storage: TaskVectorStorage?
+  /// What the MLPs compute between their maps, as configurations name it.
+  public var activation: String?
+  public var modules: [Module]
+  /// Gates that are not stored, and the stored gate that each is: a shared gate is kept once.
+  public var aliases: [String: String]?
   /// Whether the routers have been fitted. Until then the mixture equals task arithmetic.
   public var calibrated: Bool
+  /// How the routers were fitted.
+  public var calibration: String?
 
   static let metadataKey = "wemoe"
 
@@ -38,11 +70,17 @@ public struct MixtureDescription: Codable, Sendable, Equatable {
       throw CheckpointError(
         file: source.path, "has \"wemoe\" metadata that this version cannot read")
     }
+    guard !experts.isEmpty, (0...2).contains(routerDepth),
+      modules.allSatisfy({ (1...1 << 24).contains($0.width) })
+    else {
+      throw CheckpointError(
+        file: source.path, "has \"wemoe\" metadata that describes no mixture")
+    }
   }
 
   init(
     experts: [String], form: Form, scaling: Float, routerDepth: Int, seed: UInt64,
-    cleaning: String?
+    cleaning: String?, modules: [Module]
   ) {
     self.experts = experts
     self.form = form
@@ -50,6 +88,7 @@ public struct MixtureDescription: Codable, Sendable, Equatable {
     self.routerDepth = routerDepth
     self.seed = seed
     self.cleaning = cleaning
+    self.modules = modules
     calibrated = false
   }
 
@@ -58,5 +97,18 @@ public struct MixtureDescription: Codable, Sendable, Equatable {
     let encoder = JSONEncoder()
     encoder.outputFormatting = [.sortedKeys, .withoutEscapingSlashes]
     return [Self.metadataKey: String(decoding: try! encoder.encode(self), as: UTF8.self)]
+  }
+
+  /// What a person must know who looks at a checkpoint; `nil` if it is no mixture.
+  public static func warning(of source: any TensorSource) -> String? {
+    // Whoever only looks need not hear that a description is of another version.
+    (try? MixtureDescription(of: source))?.warning
+  }
+
+  /// What a person must know who is about to use the mixture.
+  public var warning: String? {
+    calibrated
+      ? nil
+      : "the routers are not calibrated yet: until 'smelt calibrate' this mixture equals task arithmetic"
   }
 }

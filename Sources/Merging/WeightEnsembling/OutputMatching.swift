@@ -81,8 +81,13 @@ public struct OutputMatching: Sendable {
 }
 
 extension CalibrationSamples {
+  /// Whether every task has samples to hold out.
+  var canBeSplit: Bool {
+    (0..<taskCount).allSatisfy { task in tasks.count { $0 == task } >= 4 }
+  }
+
   /// Every fourth sample of each task is held out of a fit.
-  fileprivate func split() throws(CalibrationError) -> (fitted: [Int], held: [Int]) {
+  func split() throws(CalibrationError) -> (fitted: [Int], held: [Int]) {
     var seen = Array(repeating: 0, count: taskCount)
     var split: (fitted: [Int], held: [Int]) = ([], [])
     for (row, task) in tasks.enumerated() {

@@ -51,10 +51,10 @@ public enum Router: Sendable, Equatable {
   ) -> Router {
     func layer(_ suffix: String, _ outputs: Int, bias: Float) -> Dense {
       let random = CounterRandom(seed: seed, tensor: "\(name).\(suffix).weight")
-      let weights = (0..<outputs * width).map { Float(0.01 * random.normal(at: UInt64($0))) }
-      return Dense(
-        weight: Matrix(rowCount: outputs, columnCount: width, elements: weights),
-        bias: Array(repeating: bias, count: outputs))
+      var weight = Matrix(rowCount: outputs, columnCount: width, repeating: Float(0))
+      var values = weight.elements.mutableSpan
+      random.fill(&values, from: 0, deviation: initialDeviation)
+      return Dense(weight: weight, bias: Array(repeating: bias, count: outputs))
     }
     switch depth {
     case 0: return .constant(Array(repeating: mixture, count: experts))
@@ -63,6 +63,9 @@ public enum Router: Sendable, Equatable {
     default: preconditionFailure("a router has depth 0, 1 or 2, not \(depth)")
     }
   }
+
+  /// The standard deviation of the weights before calibration.
+  static let initialDeviation: Float = 0.01
 
   /// The router's tensors as they are stored below the name of the gate.
   public var tensors: [(name: String, shape: [Int], values: [Float])] {

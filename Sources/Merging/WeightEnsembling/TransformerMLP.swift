@@ -9,81 +9,206 @@ public struct TransformerMLP: Sendable, Hashable {
   /// The dotted path of the layer or of the module that holds the MLP.
   let path: [String]
   /// What the WEMoE module is called below the path, where the model has no module of its own.
-  let module: [String]
-  /// The linear maps below the path, in the order they are applied.
+  let module: String?
+  /// The linear maps below the path, in the order they are applied; all there are if empty.
   let parts: [String]
-
+  /// What the MLP computes between its maps, where the model's configuration does not say.
+  let activation: Activation?
+  /// Whether weights are stored [in, out] and not [out, in].
   let isTransposed: Bool
 
   private init(
     _ family: String, _ path: String, module: String? = nil, _ parts: [String],
-    isTransposed: Bool = false
+    _ activation: Activation? = nil, isTransposed: Bool = false
   ) {
     self.family = family
     self.path = path.split(separator: ".").map(String.init)
-    self.module = module.map { [$0] } ?? []
+    self.module = module
     self.parts = parts
+    self.activation = activation
     self.isTransposed = isTransposed
   }
 
   public static let families = [
-    TransformerMLP("CLIP, ViT", "encoder.layers.{i}.mlp", ["fc1", "fc2"]),
+    TransformerMLP("CLIP, SigLIP", "encoder.layers.{i}.mlp", ["fc1", "fc2"], .quickGELU),
     TransformerMLP(
-      "BERT, RoBERTa, ViT", "encoder.layer.{i}", module: "mlp",
-      ["intermediate.dense", "output.dense"]),
+      "BERT, RoBERTa, MiniLM, ViT", "encoder.layer.{i}", module: "mlp",
+      ["intermediate.dense", "output.dense"], .gelu),
+    TransformerMLP("DistilBERT", "transformer.layer.{i}.ffn", ["lin1", "lin2"], .gelu),
+    TransformerMLP("timm", "blocks.{i}.mlp", ["fc1", "fc2"], .gelu),
+    TransformerMLP("OpenCLIP", "resblocks.{i}.mlp", ["c_fc", "c_proj"], .gelu),
     TransformerMLP(
       "T5", "encoder.block.{i}.layer.1.DenseReluDense", ["wi", "wi_0", "wi_1", "wo"]),
     TransformerMLP(
       "T5", "decoder.block.{i}.layer.2.DenseReluDense", ["wi", "wi_0", "wi_1", "wo"]),
     TransformerMLP(
-      "Llama, Mistral, Qwen, Gemma", "layers.{i}.mlp", ["gate_proj", "up_proj", "down_proj"]),
-    TransformerMLP("GPT-2", "h.{i}.mlp", ["c_fc", "c_proj"], isTransposed: true),
+      "Llama, Mistral, Qwen, Gemma", "layers.{i}.mlp", ["gate_proj", "up_proj", "down_proj"],
+      .silu),
+    TransformerMLP("Phi-3", "layers.{i}.mlp", ["gate_up_proj", "down_proj"], .silu),
+    TransformerMLP("Phi", "layers.{i}.mlp", ["fc1", "fc2"], .geluTanh),
+    TransformerMLP(
+      "GPT-NeoX", "layers.{i}.mlp", ["dense_h_to_4h", "dense_4h_to_h"], .gelu),
+    TransformerMLP("GPT-2", "h.{i}.mlp", ["c_fc", "c_proj"], .geluTanh, isTransposed: true),
   ]
 
+  /// The families' names in a sentence.
+  public static var knownFamilies: String {
+    var names: [String] = []
+    for mlp in families where !names.contains(mlp.family) { names.append(mlp.family) }
+    return names.joined(separator: "; ")
+  }
+
+  /// The MLPs at a path that a user gives: `blocks.{i}.ffn`, or with its linear maps in the order
+  /// they are applied, `blocks.{i}.ffn:lin1,lin2`.
+  public init(pattern: String) throws(MergeError) {
+    let halves = pattern.split(separator: ":", omittingEmptySubsequences: false)
+    let words = halves[0].split(separator: ".", omittingEmptySubsequences: false)
+    let parts = halves.dropFirst().flatMap {
+      $0.split(separator: ",", omittingEmptySubsequences: false)
+    }
+    guard halves.count <= 2, words.filter({ $0 == "{i}" }).count == 1,
+      !(words + parts).contains("")
+    else {
+      throw MergeError(
+        "\(quoted(pattern)) is not the path of an MLP",
+        remedy: "write it like blocks.{i}.ffn or blocks.{i}.ffn:lin1,lin2")
+    }
+    self.init(pattern, String(halves[0]), parts.map(String.init))
+  }
+}
+
+// MARK: - Names
+
+extension TransformerMLP {
   /// One tensor's place in an MLP.
   public struct Member: Sendable, Hashable {
     /// The WEMoE module's prefix: `vision_model.encoder.layers.3.mlp`.
     public let module: String
     /// The tensor's key below it: `fc1.weight`.
     public let key: String
-    /// Whether the tensor is the weight of the first linear map.
-    let isFirstWeight: Bool
-    /// Whether weights are stored [in, out] and not [out, in].
-    let isTransposed: Bool
+    public let layer: Int
+    public let mlp: TransformerMLP
 
-    /// How wide the MLP's input is, as its first weight's shape tells.
-    func inputWidth(_ tensor: TensorInfo) -> Int? {
-      guard isFirstWeight, tensor.shape.count == 2 else { return nil }
-      return tensor.shape[isTransposed ? 0 : 1]
+    var baseName: String { "\(module).base_model.\(key)" }
+    func taskVectorName(_ expert: Int) -> String { "\(module).task_vectors.\(expert).\(key)" }
+
+    /// Where the tensor's linear map stands in the order they are applied.
+    fileprivate var rank: Int {
+      mlp.parts.firstIndex { key.hasPrefix("\($0).") } ?? mlp.parts.count
     }
   }
 
   /// The MLP that a tensor belongs to, or `nil` if it belongs to none.
-  public static func member(_ name: String) -> Member? {
-    families.lazy.compactMap { $0.member(name) }.first
+  public static func member(_ name: String, of mlps: [TransformerMLP] = families) -> Member? {
+    mlps.lazy.compactMap { $0.member(name) }.first
   }
 
   private func member(_ name: String) -> Member? {
     let words = name.split(separator: ".", omittingEmptySubsequences: false).map(String.init)
     guard words.count > path.count else { return nil }
-    for start in 0..<(words.count - path.count) where matches(words, at: start) {
+    for start in 0..<(words.count - path.count) {
+      guard let layer = layer(of: words[start...]) else { continue }
       let key = words[(start + path.count)...].joined(separator: ".")
-      let isPart = parts.contains { key == "\($0).weight" || key == "\($0).bias" }
+      let isPart =
+        parts.isEmpty || parts.contains { key == "\($0).weight" || key == "\($0).bias" }
       guard isPart else { continue }
-      let module = (words[..<(start + path.count)] + self.module).joined(separator: ".")
-      let isFirst =
-        parts.prefix(2).contains { key == "\($0).weight" } && key != "\(parts.last!).weight"
-      return Member(
-        module: module, key: key, isFirstWeight: isFirst, isTransposed: isTransposed)
+      let prefix = words[..<(start + path.count)] + (module.map { [$0] } ?? [])
+      return Member(module: prefix.joined(separator: "."), key: key, layer: layer, mlp: self)
     }
     return nil
   }
 
-  private func matches(_ words: [String], at start: Int) -> Bool {
-    zip(words[start...], path).allSatisfy { word, pattern in
-      pattern == "{i}"
-        ? !word.isEmpty && word.utf8.allSatisfy { (0x30...0x39).contains($0) }
-        : word == pattern
+  /// The layer's number if the words begin with the path.
+  private func layer(of words: ArraySlice<String>) -> Int? {
+    var layer: Int?
+    for (word, pattern) in zip(words, path) {
+      if pattern == "{i}" {
+        guard word.utf8.allSatisfy({ (0x30...0x39).contains($0) }), let number = Int(word) else {
+          return nil
+        }
+        layer = number
+      } else if word != pattern {
+        return nil
+      }
     }
+    return layer
+  }
+}
+
+// MARK: - Modules
+
+/// An MLP of a model that becomes a module of experts.
+public struct UpscaledModule: Sendable {
+  /// `vision_model.encoder.layers.3.mlp`.
+  public let prefix: String
+  public let layer: Int
+  public let mlp: TransformerMLP
+  /// The width of its input.
+  public let width: Int
+  /// Its tensors' names in the original model.
+  public let tensors: [String]
+  /// Its linear maps in the order they are applied.
+  let maps: [String]
+  /// Whether their weights are stored [in, out] and not [out, in].
+  let isTransposed: Bool
+
+  /// The modules of a model, in its order.
+  static func modules(
+    of manifest: Manifest, _ mlps: [TransformerMLP], layers: Set<Int>?
+  ) -> [UpscaledModule] {
+    var order: [String] = []
+    var members: [String: [(member: TransformerMLP.Member, tensor: TensorInfo)]] = [:]
+    for tensor in manifest.tensors where tensor.dtype.isArithmetic {
+      guard let member = TransformerMLP.member(tensor.name, of: mlps),
+        layers?.contains(member.layer) ?? true
+      else { continue }
+      if members[member.module] == nil { order.append(member.module) }
+      members[member.module, default: []].append((member, tensor))
+    }
+    return order.compactMap { prefix in
+      let own = members[prefix]!
+      guard let (width, isTransposed) = width(of: own) else { return nil }
+      let mlp = own[0].member.mlp
+      let keys = own.map { $0.member.key }
+      return UpscaledModule(
+        prefix: prefix, layer: own[0].member.layer, mlp: mlp, width: width,
+        tensors: own.map { $0.tensor.name },
+        maps: mlp.parts.filter { keys.contains("\($0).weight") }, isTransposed: isTransposed)
+    }
+  }
+
+  /// How wide the input is, as the first weight's shape tells, and whether that is a weight's
+  /// first dimension; `nil` if there is no weight.
+  private static func width(
+    of members: [(member: TransformerMLP.Member, tensor: TensorInfo)]
+  ) -> (Int, isTransposed: Bool)? {
+    let weights = members.filter { $0.tensor.shape.count >= 2 && !$0.tensor.shape.contains(0) }
+    guard let (member, weight) = weights.min(by: { $0.member.rank < $1.member.rank }) else {
+      return nil
+    }
+    let (rows, columns) = (weight.shape[weight.shape.count - 2], weight.rowLength)
+    // Without an order of the maps: an MLP is wider inside than outside.
+    if member.mlp.parts.isEmpty { return (min(rows, columns), false) }
+    if member.mlp.isTransposed { return (rows, true) }
+    // A bias is as long as the output, which tells how a pattern's weights are stored.
+    let bias = members.first { $0.member.rank == member.rank && $0.tensor.shape.count == 1 }
+    if let outputs = bias?.tensor.elementCount, outputs != rows, outputs == columns {
+      return (rows, true)
+    }
+    return (columns, false)
+  }
+
+  /// What the family computes between the maps; T5's gated MLPs differ from its plain ones.
+  var activation: Activation? {
+    if mlp.family == "T5" { return maps.count == 3 ? .geluTanh : .relu }
+    return mlp.activation
+  }
+}
+
+extension UpscaledModule {
+  /// Where the MLP's tensors were in the original model.
+  var originalPrefix: String {
+    guard let inserted = mlp.module else { return prefix }
+    return String(prefix.dropLast(inserted.count + 1))
   }
 }

@@ -4,10 +4,21 @@ public import Checkpoints
 /// tensor that comes out and how, before any is read.
 ///
 /// Tang et al., *Merging Multi-Task Models via Weight-Ensembling Mixture of Experts*,
-/// arXiv 2402.00433. The MLPs become modules of a router, a base and a task vector an expert;
-/// everything else is merged by task arithmetic. The state dict is the one FusionBench loads:
-/// `P.gate.…`, `P.base_model.S`, `P.task_vectors.{j}.S` for the MLP at prefix `P`.
+/// arXiv 2402.00433; pruned task vectors and a shared gate are from Shen et al., *Efficient and
+/// Effective Weight-Ensembling Mixture of Experts*, arXiv 2410.21804. The MLPs become modules of
+/// a router, a base and a task vector an expert; everything else is merged by task arithmetic.
+/// The state dict is the one FusionBench loads: `P.gate.…`, `P.base_model.S`,
+/// `P.task_vectors.{j}.S` for the MLP at prefix `P`.
 public struct Upscaling: Sendable {
+  /// Whose gate a module has.
+  public enum GateSharing: Sendable {
+    case own
+    /// All modules have one, stored once; the description's aliases tell whose.
+    case shared
+    /// The same, stored for each module.
+    case duplicated
+  }
+
   public struct Options: Sendable {
     /// λ of the static part, and of the untrained routers.
     public var scaling: Float = 0.3
@@ -15,41 +26,49 @@ public struct Upscaling: Sendable {
     public var seed: UInt64 = 0
     /// Cleans the task vectors first; the mixture is then in the shared form.
     public var cleaning: Cleaning?
+    /// Where the MLPs are.
+    public var mlps = TransformerMLP.families
+    /// The numbers of the layers to upscale; `nil` for all.
+    public var layers: Set<Int>?
+    /// ρ of magnitude pruning, tensor by tensor.
+    public var pruning: Double?
+    public var gates = GateSharing.own
+    public var storage = TaskVectorStorage.dense
+    /// What the MLPs compute between their maps; found from the model if not given.
+    public var activation: Activation?
+    /// Keeps what only some experts have, as `experts.{name}.{tensor}`.
+    public var keepsHeads = false
 
     public init() {}
   }
 
   public let family: ModelFamily
   public let options: Options
-  /// The mixture's tensors.
-  public let manifest: Manifest
+  /// The modules in the model's order.
+  public let modules: [UpscaledModule]
+  /// The mixture's tensors. Where sparse task vectors are stored, their sizes are an estimate
+  /// until `survey` has counted.
+  public private(set) var manifest: Manifest
   /// The (cleaned) task vectors as a checkpoint of their own: `{expert}/{tensor}`, in Float.
   public let taskVectorManifest: Manifest
-  /// The prefixes of the modules, in the model's order, with the width of their input.
-  public let modules: [(prefix: String, width: Int)]
+  /// What pruning keeps of each module tensor, by its name in the base.
+  private(set) var pruned: [String: PrunedTensor] = [:]
+  private let members: [String: TransformerMLP.Member]
 
-  /// - Throws: `MergeError` if the model has no MLP that is known or the router no such depth.
+  /// - Throws: `MergeError` if the model has no MLP that is known or an option is out of range.
   public init(_ family: ModelFamily, _ options: Options) throws {
     self.family = family
     self.options = options
-    guard (0...2).contains(options.routerDepth) else {
-      throw MergeError("a router's depth is 0, 1 or 2, not \(options.routerDepth)")
-    }
-    modules = Upscaling.modules(of: family.base.manifest)
-    guard !modules.isEmpty else {
-      let known = TransformerMLP.families.map { $0.family }.joined(separator: "; ")
-      throw MergeError(
-        "\(family.base.path) has no Transformer MLP that is known by its tensors' names",
-        remedy: "known are \(known)")
-    }
-    let description = MixtureDescription(
-      experts: family.experts.map { $0.name },
-      form: options.cleaning == nil ? .pretrained : .shared,
-      scaling: options.scaling, routerDepth: options.routerDepth, seed: options.seed,
-      cleaning: options.cleaning?.description)
-    manifest = Manifest(
-      Upscaling.layOut(family, modules, options),
-      metadata: family.base.manifest.metadata.merging(description.metadata) { $1 })
+    try Upscaling.check(options)
+    modules = UpscaledModule.modules(
+      of: family.base.manifest, options.mlps, layers: options.layers)
+    try Upscaling.check(modules, of: family, options)
+    let names = Set(modules.flatMap { $0.tensors })
+    members = Dictionary(
+      uniqueKeysWithValues: names.map {
+        ($0, TransformerMLP.member($0, of: options.mlps)!)
+      })
+    manifest = Manifest([])
     taskVectorManifest = Manifest(
       family.experts.flatMap { expert in
         family.base.manifest.tensors.filter { $0.dtype.isArithmetic }.map {
@@ -57,163 +76,213 @@ public struct Upscaling: Sendable {
         }
       },
       metadata: ["task_vectors": options.cleaning?.description ?? "as fine-tuned"])
+    manifest = layOut()
   }
 
-  private static func modules(of manifest: Manifest) -> [(prefix: String, width: Int)] {
-    var found: [(prefix: String, width: Int)] = []
-    for tensor in manifest.tensors {
-      guard let member = TransformerMLP.member(tensor.name), let width = member.inputWidth(tensor),
-        !found.contains(where: { $0.prefix == member.module })
-      else { continue }
-      found.append((member.module, width))
+  private static func check(_ options: Options) throws(MergeError) {
+    guard (0...2).contains(options.routerDepth) else {
+      throw MergeError("a router's depth is 0, 1 or 2, not \(options.routerDepth)")
     }
-    return found
+    if let ratio = options.pruning, !(0...1).contains(ratio) {
+      throw MergeError("a pruning ratio is from 0 to 1, not \(ratio)")
+    }
+    if case .lowRank(let rank) = options.storage, rank < 1 {
+      throw MergeError("a rank is at least 1, not \(rank)")
+    }
+  }
+
+  private static func check(
+    _ modules: [UpscaledModule], of family: ModelFamily, _ options: Options
+  ) throws {
+    guard let first = modules.first else {
+      let what = options.layers == nil ? "" : " in the layers asked for"
+      throw MergeError(
+        "\(family.base.path) has no Transformer MLP\(what) that is known by its tensors' names",
+        remedy: "known are \(TransformerMLP.knownFamilies); tell where others are with --mlp")
+    }
+    if options.gates != .own, let other = modules.first(where: { $0.width != first.width }) {
+      throw MergeError(
+        "modules \(first.prefix) and \(other.prefix) cannot share a gate: their inputs have \(first.width) and \(other.width) elements"
+      )
+    }
+    for (index, expert) in family.experts.enumerated() {
+      for name in modules.flatMap({ $0.tensors })
+      where family.counterpart(of: name, in: index) == nil {
+        throw CheckpointError(file: expert.source.path, tensor: name, "is missing")
+      }
+    }
+  }
+
+  /// The tensor's place in a module, if it belongs to one.
+  func member(_ tensor: TensorInfo) -> TransformerMLP.Member? { members[tensor.name] }
+
+  func coding(of tensor: TensorInfo) -> TaskVectorStorage.Coding {
+    options.storage.coding(of: tensor)
+  }
+
+  /// Takes in what a survey found; the layout then fits it.
+  mutating func take(_ pruned: [String: PrunedTensor]) {
+    self.pruned = pruned
+    manifest = layOut()
+  }
+}
+
+// MARK: - Layout
+
+extension Upscaling {
+  /// Where a module's gate is stored.
+  func gate(of module: UpscaledModule) -> String {
+    "\(options.gates == .shared ? modules[0].prefix : module.prefix).gate"
+  }
+
+  /// The gates that are stored.
+  var storedGates: [InitialRouters.Gate] {
+    let owners = options.gates == .shared ? Array(modules.prefix(1)) : modules
+    return owners.map { module in
+      InitialRouters.Gate(
+        prefix: gate(of: module),
+        origin: "\(options.gates == .own ? module.prefix : modules[0].prefix).gate",
+        tensors: Router.layout(
+          depth: options.routerDepth, width: module.width, experts: family.experts.count,
+          gate: gate(of: module)))
+    }
   }
 
   /// The mixture's tensors in the base's order, a module where its first tensor was.
-  private static func layOut(
-    _ family: ModelFamily, _ modules: [(prefix: String, width: Int)], _ options: Options
-  ) -> [TensorInfo] {
+  private func layOut() -> Manifest {
     var tensors: [TensorInfo] = []
+    let gates = Dictionary(uniqueKeysWithValues: storedGates.map { ($0.prefix, $0.tensors) })
     var begun = Set<String>()
     for tensor in family.base.manifest.tensors {
-      guard let member = TransformerMLP.member(tensor.name), tensor.dtype.isArithmetic else {
+      guard let member = members[tensor.name] else {
         tensors.append(tensor)
         continue
       }
-      if begun.insert(member.module).inserted,
-        let module = modules.first(where: { $0.prefix == member.module })
-      {
-        tensors += Router.layout(
-          depth: options.routerDepth, width: module.width, experts: family.experts.count,
-          gate: "\(member.module).gate")
+      if begun.insert(member.module).inserted {
+        tensors += gates["\(member.module).gate"] ?? []
       }
       tensors.append(tensor.renamed(member.baseName))
-      tensors += family.experts.indices.map { tensor.renamed(member.taskVectorName($0)) }
+      for expert in family.experts.indices {
+        tensors += coding(of: tensor).layout(
+          of: tensor.renamed(member.taskVectorName(expert)),
+          kept: pruned[tensor.name]?.experts[expert].kept ?? estimatedKept(tensor))
+      }
     }
-    return tensors
+    return Manifest(
+      tensors + headTensors.map { $0.stored },
+      metadata: family.base.manifest.metadata.merging(description.metadata) { $1 })
+  }
+
+  /// How many elements pruning keeps if no two have the same magnitude.
+  private func estimatedKept(_ tensor: TensorInfo) -> Int {
+    guard let ratio = options.pruning, tensor.elementCount > 0 else { return tensor.elementCount }
+    return tensor.elementCount - 1 - Int(ratio * Double(tensor.elementCount - 1))
+  }
+
+  /// What only some experts have, where it is kept.
+  var headTensors: [(expert: Int, own: TensorInfo, stored: TensorInfo)] {
+    guard options.keepsHeads else { return [] }
+    return family.experts.enumerated().flatMap { index, expert in
+      let names = family.remarks.filter {
+        $0.expert == expert.name && ($0.rule == .leftOut || $0.rule == .otherHead)
+      }.flatMap { $0.tensors }
+      return names.compactMap { expert.source.manifest[$0] }.map {
+        (index, $0, $0.renamed("experts.\(expert.name).\($0.name)"))
+      }
+    }
+  }
+
+  /// What a person must know who is about to use the mixture.
+  public var warning: String { description.warning! }
+
+  var description: MixtureDescription {
+    var description = MixtureDescription(
+      experts: family.experts.map { $0.name },
+      form: options.cleaning == nil ? .pretrained : .shared,
+      scaling: options.scaling, routerDepth: options.routerDepth, seed: options.seed,
+      cleaning: options.cleaning?.description,
+      modules: modules.map {
+        .init(
+          prefix: $0.prefix, original: $0.originalPrefix, gate: gate(of: $0), width: $0.width,
+          maps: $0.maps, transposed: $0.isTransposed)
+      })
+    if options.gates == .shared {
+      description.aliases = Dictionary(
+        uniqueKeysWithValues: modules.dropFirst().map { ("\($0.prefix).gate", gate(of: $0)) })
+    }
+    if let ratio = options.pruning {
+      description.pruning = .init(ratio: ratio, errors: pruningErrors)
+    }
+    if options.storage != .dense { description.storage = options.storage }
+    description.activation = activation?.rawValue
+    return description
+  }
+
+  /// ‖pruned − τ‖/‖τ‖ of each expert; empty before the survey.
+  var pruningErrors: [Double] {
+    guard !pruned.isEmpty else { return [] }
+    // In the model's order: a sum over a dictionary would round differently every time.
+    let tensors = modules.flatMap { $0.tensors }.compactMap { pruned[$0] }
+    return family.experts.indices.map { expert in
+      let dropped = tensors.reduce(0) { $0 + $1.experts[expert].dropped }
+      let total = tensors.reduce(0) { $0 + $1.experts[expert].total }
+      return total > 0 ? (dropped / total).squareRoot() : 0
+    }
+  }
+
+  /// As asked, as the model's configuration says, or as the family does.
+  private var activation: Activation? {
+    options.activation
+      ?? ModelConfiguration(of: family.base.path)?.activation
+      ?? modules[0].activation
   }
 }
 
-extension TransformerMLP.Member {
-  var baseName: String { "\(module).base_model.\(key)" }
-  func taskVectorName(_ expert: Int) -> String { "\(module).task_vectors.\(expert).\(key)" }
-}
-
-// MARK: - Running
+// MARK: - Cost
 
 extension Upscaling {
-  /// Writes the mixture and, if asked, the task vectors.
-  ///
-  /// - Parameter memory: bytes that all workers' tiles take together.
-  /// - Returns: what the cleaning did, or `nil` without cleaning.
-  @discardableResult
-  public func run(
-    into mixture: any TensorSink, taskVectors: (any TensorSink)? = nil, memory: Int, workers: Int
-  ) throws -> DisentanglementSummary? {
-    let pipeline = Pipeline(
-      from: family.sources, into: [mixture] + (taskVectors.map { [$0] } ?? []), memory: memory,
-      workers: workers)
-    func write(_ parts: [(tensor: TensorInfo, cleaning: TensorCleaning)]) throws
-      -> [TensorFindings]
-    {
-      let steps = parts.map { self.steps(for: $0.tensor, $0.cleaning, taskVectors != nil) }
-      let findings = try pipeline.run(steps.flatMap { $0 })
-      return fold(findings, steps.map { $0.count }) { $0 += $1 }
-        .map { $0 ?? TensorFindings(experts: family.experts.count) }
-    }
-    let summary: DisentanglementSummary?
-    if let cleaning = options.cleaning {
-      summary = try cleaning.run(
-        on: family, grams: nil, memory: memory, workers: workers, write: write)
-    } else {
-      let tensors = family.base.manifest.tensors.filter { $0.dtype.isArithmetic }
-      _ = try write(tensors.map { ($0, .none) })
-      summary = nil
-    }
-    try copyTheRest(into: mixture)
-    try writeRouters(into: mixture)
-    return summary
+  /// What a run takes and gives.
+  public struct Cost: Sendable, Equatable {
+    /// Numbers in the mixture, as if its task vectors were dense.
+    public var parameters: Int
+    /// Those of them that pruning leaves other than zero.
+    public var remaining: Int
+    public var bytesRead: Int
+    public var bytesWritten: Int
+    /// How often the MLPs' tensors are read.
+    public var passes: Int
+    public var peakMemory: Int
   }
 
-  private func steps(
-    for tensor: TensorInfo, _ cleaning: TensorCleaning, _ withTaskVectors: Bool
-  ) -> [Step<UpscalingOperation>] {
-    let experts = family.experts
-    let member = TransformerMLP.member(tensor.name)
-    var outputs: [(file: Int, tensor: TensorInfo)]
-    if let member {
-      outputs = [(0, manifest[member.baseName]!)]
-      outputs += experts.indices.map { (0, manifest[member.taskVectorName($0)]!) }
-    } else {
-      outputs = [(0, manifest[tensor.name]!)]
-    }
-    if withTaskVectors {
-      outputs += experts.map { (1, taskVectorManifest["\($0.name)/\(tensor.name)"]!) }
-    }
-    let operation = UpscalingOperation(
-      experts: experts.count, isModule: member != nil, writesTaskVectors: withTaskVectors,
-      scaling: options.scaling, storedType: tensor.dtype, cleaning: cleaning)
-    return Step.covering(family.places(of: tensor), outputs: outputs, with: operation)
-  }
+  /// What the program takes beside its tiles: its code, libraries, headers.
+  public static let memoryBesideTiles = 48 << 20
 
-  /// Integers and the like see no arithmetic: they are the base's, bit for bit.
-  private func copyTheRest(into mixture: any TensorSink) throws {
-    try family.base.copy(
-      family.base.manifest.tensors.filter { !$0.dtype.isArithmetic }, into: mixture)
-  }
-
-  private func writeRouters(into mixture: any TensorSink) throws {
-    for module in modules {
-      let gate = "\(module.prefix).gate"
-      let router = Router.initial(
-        depth: options.routerDepth, width: module.width, experts: family.experts.count,
-        name: gate, seed: options.seed, mixture: options.scaling)
-      try router.write(into: mixture, gate: gate)
+  /// - Parameter memory: the budget of a run.
+  public func cost(memory: Int, withTaskVectors: Bool) -> Cost {
+    let gates = storedGates.flatMap { $0.tensors }.reduce(0) { $0 + $1.elementCount }
+    var cost = Cost(
+      parameters: gates, remaining: gates, bytesRead: 0,
+      bytesWritten: manifest.byteCount + (withTaskVectors ? taskVectorManifest.byteCount : 0),
+      passes: 1 + surveyPasses, peakMemory: memory + Upscaling.memoryBesideTiles)
+    for tensor in family.base.manifest.tensors {
+      let isModule = members[tensor.name] != nil
+      let copies = isModule ? 1 + family.experts.count : 1
+      let kept =
+        isModule && options.pruning != nil
+        ? family.experts.indices.reduce(0) { sum, expert in
+          sum + (pruned[tensor.name]?.experts[expert].kept ?? estimatedKept(tensor))
+        } : (copies - 1) * tensor.elementCount
+      cost.parameters += copies * tensor.elementCount
+      cost.remaining += tensor.elementCount + kept
+      let bytes =
+        tensor.dtype.isArithmetic
+        ? family.places(of: tensor).reduce(0) { $0 + $1.tensor.byteCount } : tensor.byteCount
+      cost.bytesRead += bytes * (isModule ? cost.passes : 1)
     }
-  }
-}
-
-/// The arithmetic of one tensor: rows are the base and the experts.
-///
-/// Out come the merged tensor, or for an MLP the module's base and task vectors; behind them,
-/// if they are asked for, the task vectors as such.
-private struct UpscalingOperation: TileOperation {
-  let experts: Int
-  let isModule: Bool
-  let writesTaskVectors: Bool
-  let scaling: Float
-  let storedType: DType
-  let cleaning: TensorCleaning
-
-  var grain: Int { cleaning.grain }
-
-  func makeSummary() -> TensorFindings { TensorFindings(experts: experts) }
-
-  func apply(_ input: inout Tile, into output: inout Tile, summary: inout TensorFindings) {
-    if isModule {
-      for row in 1...experts { output.copyRow(row, from: input, row) }
-    }
-    for row in 1...experts { input.subtract(row: 0, from: row) }
-    // Row 0 of the output holds the redundant vector until the result takes its place.
-    let vectors = cleaning.redundantVectors(
-      in: input, from: 1, experts: experts, findings: &summary)
-    input.takeOut(vectors, from: 1, keeping: &output, row: 0)
-    if writesTaskVectors {
-      let first = isModule ? experts + 1 : 1
-      for expert in 0..<experts { output.copyRow(first + expert, from: input, expert + 1) }
-    }
-    var result = output.mutableRow(0)
-    if isModule {
-      add(input[0], times: 1, into: &result)
-      storedType.round(&result)
-      // Differences to the base as it is stored: its rounding is theirs to make good.
-      for row in 1...experts { output.subtract(row: 0, from: row) }
-    } else {
-      // The reference's order: the sum of the task vectors, times λ, plus the base.
-      copy(input[1], into: &result)
-      for row in 1..<experts { add(input[row + 1], times: 1, into: &result) }
-      scale(&result, by: scaling, onto: input[0])
-    }
+    let heads = headTensors.reduce(0) { $0 + $1.own.elementCount }
+    cost.parameters += heads
+    cost.remaining += heads
+    cost.bytesRead += headTensors.reduce(0) { $0 + $1.own.byteCount }
+    return cost
   }
 }

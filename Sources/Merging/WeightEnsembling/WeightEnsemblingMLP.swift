@@ -33,6 +33,8 @@ public struct Dense: Sendable, Equatable {
 public struct MLPWeights: Sendable, Equatable {
   public var fc1: Dense
   public var fc2: Dense
+  /// Of a gated MLP, fc2(act(gate(h))·fc1(h)): Llama's `gate_proj`, T5's `wi_0`.
+  public var gate: Dense?
 
   public init(fc1: Dense, fc2: Dense) {
     self.fc1 = fc1
@@ -41,10 +43,11 @@ public struct MLPWeights: Sendable, Equatable {
 
   /// The outputs for rows of inputs.
   public func callAsFunction(_ inputs: Matrix<Float>, _ activation: Activation) -> Matrix<Float> {
-    var hidden = fc1(inputs)
+    var hidden = (gate ?? fc1)(inputs)
     for index in hidden.elements.indices {
       hidden.elements[index] = activation(hidden.elements[index])
     }
+    if gate != nil { hidden.multiply(fc1(inputs)) }
     return fc2(hidden)
   }
 
@@ -52,6 +55,7 @@ public struct MLPWeights: Sendable, Equatable {
   public mutating func add(_ other: MLPWeights, scale: Float) {
     fc1.add(other.fc1, scale: scale)
     fc2.add(other.fc2, scale: scale)
+    if let other = other.gate { gate?.add(other, scale: scale) }
   }
 }
 

@@ -1,0 +1,102 @@
+import Checkpoints
+
+/// Recorded inputs of a mixture's modules.
+///
+/// The checkpoint holds, for every module, a tensor named by its prefix — `[samples, width]`
+/// averaged over tokens, or `[samples, tokens, width]` — and, to calibrate, `task`, `[samples]`,
+/// the number of each sample's expert. It may be larger than memory: it is read in batches.
+struct Activations: Sendable {
+  let source: any TensorSource
+
+  /// - Throws: `CheckpointError` if a module has no inputs of its width.
+  init(_ source: any TensorSource, of modules: [MixtureDescription.Module]) throws {
+    self.source = source
+    for module in modules {
+      let tensor = try source.tensor(module.prefix)
+      guard (2...3).contains(tensor.shape.count), tensor.rowLength == module.width,
+        !tensor.shape.contains(0)
+      else {
+        throw CheckpointError(
+          file: source.path, tensor: tensor.name,
+          "has the shape \(tensor.shapeDescription) instead of [samples, \(module.width)] or [samples, tokens, \(module.width)]"
+        )
+      }
+      guard tensor.dtype.isArithmetic else {
+        throw CheckpointError(
+          file: source.path, tensor: tensor.name, "is \(tensor.dtype.rawValue), not floating-point")
+      }
+    }
+  }
+
+  func sampleCount(of module: String) -> Int { source.manifest[module]!.shape[0] }
+
+  func tokenCount(of module: String) -> Int {
+    let shape = source.manifest[module]!.shape
+    return shape.count == 3 ? shape[1] : 1
+  }
+
+  /// Reads a module's inputs, some samples at a time: `body` gets the first sample's number and
+  /// the tokens of a few as rows.
+  func forEachBatch(
+    of module: String, _ body: (_ first: Int, _ tokens: Matrix<Float>) throws -> Void
+  ) throws {
+    let tensor = source.manifest[module]!
+    let (samples, tokens) = (sampleCount(of: module), tokenCount(of: module))
+    let perBatch = max(1, (1 << 20) / (tokens * tensor.rowLength))
+    for first in stride(from: 0, to: samples, by: perBatch) {
+      let count = min(perBatch, samples - first)
+      try body(first, try self.tokens(of: module, first..<first + count))
+    }
+  }
+
+  /// The tokens of some samples, as rows.
+  func tokens(of module: String, _ samples: Range<Int>) throws -> Matrix<Float> {
+    let tensor = source.manifest[module]!
+    let (tokens, width) = (tokenCount(of: module), tensor.rowLength)
+    return Matrix(
+      rowCount: samples.count * tokens, columnCount: width,
+      elements: try source.floats(
+        of: tensor, samples.lowerBound * tokens * width..<samples.upperBound * tokens * width))
+  }
+
+  /// The mean of each of these samples over its tokens, and the largest |h| of any of them.
+  func means(
+    of module: String, _ samples: [Int]
+  ) throws -> (features: Matrix<Float>, largest: Float) {
+    let tokens = tokenCount(of: module)
+    let width = source.manifest[module]!.rowLength
+    var features = Matrix<Float>(rowCount: samples.count, columnCount: width, repeating: 0)
+    var largest: Float = 0
+    for (row, sample) in samples.enumerated() {
+      let batch = try self.tokens(of: module, sample..<sample + 1)
+      for token in 0..<tokens {
+        for column in 0..<width {
+          let value = batch[token, column]
+          features[row, column] += value / Float(tokens)
+          largest = max(largest, abs(value))
+        }
+      }
+    }
+    return (features, largest)
+  }
+
+  /// The number of each sample's expert.
+  func tasks(experts: Int) throws -> [Int] {
+    let tensor = try source.tensor("task")
+    let tasks = try source.integers(of: tensor)
+    func refused(_ problem: String, remedy: String? = nil) -> CheckpointError {
+      CheckpointError(file: source.path, tensor: "task", problem, remedy: remedy)
+    }
+    guard tensor.shape.count == 1, !tasks.isEmpty else {
+      throw refused("has the shape \(tensor.shapeDescription) instead of [samples]")
+    }
+    for task in 0..<experts where !tasks.contains(task) {
+      throw refused(
+        "has no sample of expert \(task)", remedy: "record some for each of the \(experts) experts")
+    }
+    for task in tasks where !(0..<experts).contains(task) {
+      throw refused("names expert \(task), but the mixture has experts 0 to \(experts - 1)")
+    }
+    return tasks
+  }
+}
