@@ -20,7 +20,6 @@ public final class MemorySink: TensorSink, TensorSource {
   }
 
   public func complete() throws(CheckpointError) {}
-  public func complete() throws(CheckpointError) {}
   public func finish() throws(CheckpointError) {}
 
   public func read(_ tensor: TensorInfo, at offset: Int, into buffer: inout MutableRawSpan)
