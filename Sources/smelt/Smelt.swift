@@ -22,9 +22,7 @@ struct Smelt: ParsableCommand {
     ])
 
   static func main() {
-    // Freed buffers go back to the system: without a fixed threshold the allocator keeps them, a
-    // few for every thread there ever was, and memory exceeds what was promised.
-    mallopt(M_MMAP_THRESHOLD, 256 << 10)
+    returnFreedMemory()
     // A stranger's HDF5 file can crash libhdf5; it shall not crash the command.
     HDF5.isolateLibrary()
     cleanUpOnSignals()
