@@ -11,6 +11,24 @@ INLINE void accumulate(float *restrict sum, const float *restrict values, float 
   for (size_t i = 0; i < count; i++) sum[i] = __builtin_fmaf(values[i], weight, sum[i]);
 }
 
+// Sixteen float lanes over blocks of 1024, folded into double.
+INLINE double sum_magnitudes(const float *values, size_t count) {
+  double sum = 0;
+  for (size_t start = 0; start < count; start += 1024) {
+    size_t length = count - start < 1024 ? count - start : 1024;
+    const float *block = values + start;
+    float lanes[16] = {0};
+    size_t i = 0;
+    for (; i + 16 <= length; i += 16)
+      for (int lane = 0; lane < 16; lane++) lanes[lane] += __builtin_fabsf(block[i + lane]);
+    for (int lane = 0; i < length; i++, lane++) lanes[lane] += __builtin_fabsf(block[i]);
+    double folded = 0;
+    for (int lane = 0; lane < 16; lane++) folded += lanes[lane];
+    sum += folded;
+  }
+  return sum;
+}
+
 // Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3, SC 2011.
 #define LANES 16
 
@@ -53,6 +71,8 @@ INLINE void philox(uint64_t key, uint64_t sequence, uint64_t first, uint32_t *wo
 
 AVX512 static void accumulate_512(float *s, const float *v, float w, size_t n) { accumulate(s, v, w, n); }
 AVX2 static void accumulate_256(float *s, const float *v, float w, size_t n) { accumulate(s, v, w, n); }
+AVX512 static double sum_magnitudes_512(const float *v, size_t n) { return sum_magnitudes(v, n); }
+AVX2 static double sum_magnitudes_256(const float *v, size_t n) { return sum_magnitudes(v, n); }
 AVX512 static void philox_512(uint64_t k, uint64_t s, uint64_t f, uint32_t *w, size_t n) { philox(k, s, f, w, n); }
 AVX2 static void philox_256(uint64_t k, uint64_t s, uint64_t f, uint32_t *w, size_t n) { philox(k, s, f, w, n); }
 
@@ -78,4 +98,12 @@ void smelt_accumulate(float *sum, const float *values, float weight, size_t coun
 void smelt_philox(uint64_t key, uint64_t sequence, uint64_t first, uint32_t *words, size_t count) {
   CHOOSE(philox, key, sequence, first, words, count)
   philox(key, sequence, first, words, count);
+}
+
+double smelt_sum_magnitudes(const float *values, size_t count) {
+#if defined(__x86_64__)
+  if (has_512()) return sum_magnitudes_512(values, count);
+  if (has_256()) return sum_magnitudes_256(values, count);
+#endif
+  return sum_magnitudes(values, count);
 }

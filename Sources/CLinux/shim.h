@@ -1,4 +1,5 @@
 #pragma once
+#include <malloc.h>
 #include <sys/types.h>
 
 // Declared by <fcntl.h> and <stdio.h> only under _GNU_SOURCE, which Swift's Glibc module does not set.
@@ -9,3 +10,6 @@ static const unsigned int smelt_sync_file_range_write = 2; // SYNC_FILE_RANGE_WR
 
 // Likewise, from <unistd.h>.
 int pipe2(int ends[2], int flags);
+
+/// Makes the allocator give every larger block back to the system when it is freed.
+static inline void smelt_return_freed_blocks(void) { mallopt(M_MMAP_THRESHOLD, 256 << 10); }

@@ -1,3 +1,5 @@
+import CLinux
+
 /// Memory that a worker allocates once and fills again and again.
 ///
 /// Fresh memory is expensive (every page is zeroed by the kernel), so workers keep theirs.
@@ -20,3 +22,7 @@ public struct Buffer: ~Copyable, @unchecked Sendable {
     return _overrideLifetime(MutableRawSpan(_unsafeBytes: bytes), mutating: &self)
   }
 }
+
+/// Makes freed buffers go back to the system. Without it the allocator keeps them, a few for
+/// every thread there ever was, and a command takes more memory than it promised.
+public func returnFreedMemory() { smelt_return_freed_blocks() }

@@ -76,8 +76,8 @@ struct Merge: ParsableCommand {
         pieces, from: interrupted.leftovers(), into: sink, journal: journal)
       finished = salvaged.chunks
       note("took over \(ByteSize(bytes: salvaged.bytes)) that the interrupted merge had finished")
-      interrupted.removeLeftovers()
     }
+    if resume { interrupted.removeLeftovers() }
     try merge(plan, cost, into: sink, journal: journal, finished: finished)
   }
 

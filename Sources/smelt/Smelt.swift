@@ -23,6 +23,7 @@ struct Smelt: ParsableCommand {
     ])
 
   static func main() {
+    returnFreedMemory()
     // A stranger's HDF5 file can crash libhdf5; it shall not crash the command.
     HDF5.isolateLibrary()
     cleanUpOnSignals()

@@ -38,3 +38,6 @@ void smelt_accumulate(float *sum, const float *values, float weight, size_t coun
 
 /// The words of `count` consecutive blocks of Philox4x32-10, four a block, from `first` on.
 void smelt_philox(uint64_t key, uint64_t sequence, uint64_t first, uint32_t *words, size_t count);
+
+/// Σ|values|, in sixteen float lanes over blocks of 1024 that are folded into double.
+double smelt_sum_magnitudes(const float *values, size_t count);

@@ -1,3 +1,5 @@
+import CKernels
+
 /// Task arithmetic and its relatives: each difference is sparsified, weighted, and added up,
 /// with or without an election of the sign.
 ///
@@ -313,24 +315,8 @@ extension SignConsensus.Mask {
 
 /// Σ|x|, in sixteen Float lanes over blocks of 1024 that are folded into Double.
 func sumOfMagnitudes(_ values: Span<Float>) -> Double {
-  var sum = 0.0
-  var start = 0
-  while start < values.count {
-    let end = min(start + 1024, values.count)
-    var lanes = SIMD16<Float>()
-    var i = start
-    while i + 16 <= end {
-      for lane in 0..<16 { lanes[lane] += abs(values[i + lane]) }
-      i += 16
-    }
-    var block = 0.0
-    for lane in 0..<16 { block += Double(lanes[lane]) }
-    while i < end {
-      block += Double(abs(values[i]))
-      i += 1
-    }
-    sum += block
-    start = end
+  // Sound: the kernel reads the span's elements and nothing else.
+  values.withUnsafeBufferPointer {
+    $0.baseAddress.map { smelt_sum_magnitudes($0, values.count) } ?? 0
   }
-  return sum
 }
