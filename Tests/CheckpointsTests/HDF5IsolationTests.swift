@@ -12,8 +12,15 @@ struct HDF5IsolationTests {
   /// An executable that does this instead of reading HDF5.
   func executable(_ script: String) throws -> String {
     let path = folder("child")
-    try "#!/bin/sh\n\(script)\n".write(toFile: path, atomically: true, encoding: .utf8)
-    try FileManager.default.setAttributes([.posixPermissions: 0o755], ofItemAtPath: path)
+    // Written by a child: a file that this process has open for writing may be inherited by what
+    // another test starts meanwhile, and is then too busy to be run.
+    let writer = Process()
+    writer.executableURL = URL(filePath: "/bin/sh")
+    writer.arguments = [
+      "-c", #"printf '#!/bin/sh\n%s\n' "$1" > "$2" && chmod 755 "$2""#, "sh", script, path,
+    ]
+    try writer.run()
+    writer.waitUntilExit()
     return path
   }
 
