@@ -58,16 +58,15 @@ struct RankBand: Sendable {
   }
 
   func observe(_ values: Span<Float>, into observation: inout Observation) {
-    switch (stage, observation) {
-    case (.selecting, .statistics(var statistics)):
-      observation = .nothing  // So that the counts have one owner and are not copied.
+    // Taken out while it is changed, so that its counts have one owner and are not copied.
+    if case .statistics(var statistics) = observation {
+      observation = .nothing
       statistics.observe(values)
       observation = .statistics(statistics)
-    case (.counting, .ties(var ties)):
+    } else if case .ties(var ties) = observation {
       observation = .nothing
       ties.append((values.count(of: lower.bits), values.count(of: upper.bits)))
       observation = .ties(ties)
-    default: break
     }
   }
 
