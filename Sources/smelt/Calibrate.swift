@@ -57,55 +57,38 @@ struct Calibrate: ParsableCommand {
   }
 
   func validate() throws {
+    guard samples > 1 else { throw ValidationError("--samples must be at least 2.") }
     guard (activations == nil) != (progressive == nil) else {
       throw ValidationError("Give either --activations or --progressive.")
     }
-    guard samples > 1 else { throw ValidationError("--samples must be at least 2.") }
   }
 
   func run() throws {
     let opened = try Mixture(Checkpoint.open(mixture))
-    let options = try options(for: opened.description)
-    let reports: [MixtureCalibration.LayerReport]
-    if let progressive {
-      reports = try fitProgressively(opened, to: progressive, options)
-    } else {
-      reports = try fit(opened, to: activations!, options)
-    }
-    say(reports)
-    print("\(output): \(reports.count) routers calibrated")
-  }
-
-  private func fit(
-    _ opened: Mixture, to activations: String, _ options: MixtureCalibration.Options
-  ) throws -> [MixtureCalibration.LayerReport] {
+    let progress = try progressive.map { try progressiveActivations(of: opened.source, over: $0) }
     let calibration = try MixtureCalibration(
-      of: opened, with: Checkpoint.open(activations), options)
-    try refuse(writing: output, overInputs: [mixture, activations] + experts.map { $0.path })
+      of: opened, with: try progress ?? Checkpoint.open(activations!),
+      options(for: opened.description))
+    let inputs = [mixture, activations ?? progressive!] + experts.map { $0.path }
+    try refuse(writing: output, overInputs: inputs)
     for remark in calibration.remarks { note(remark) }
     let sink = try Checkpoint.create(output, calibration.manifest)
+    // Progressively, a layer begins when the one before it is done; its samples share the workers.
     let reports = try calibration.run(
-      into: sink, memory: resources.memory.bytes, workers: resources.jobs)
+      into: progress?.observing(sink) ?? sink, memory: resources.memory.bytes,
+      workers: progress == nil ? resources.jobs : 1)
     try sink.finish()
-    return reports
+    say(reports)
+    print("\(output): \(reports.count) modules calibrated, \(summary(of: calibration.manifest))")
   }
 
-  private func fitProgressively(
-    _ opened: Mixture, to inputs: String, _ options: MixtureCalibration.Options
-  ) throws -> [MixtureCalibration.LayerReport] {
+  private func progressiveActivations(
+    of mixture: any TensorSource, over inputs: String
+  ) throws -> ProgressiveActivations {
     let samples = try ModelInputs(Checkpoint.open(inputs))
-    let activations = try ProgressiveActivations(
-      of: opened.source, over: samples, memory: resources.memory.bytes, workers: resources.jobs
+    return try ProgressiveActivations(
+      of: mixture, over: samples, memory: resources.memory.bytes, workers: resources.jobs
     ) { try transformer.pass(of: $0, for: samples) }
-    let calibration = try MixtureCalibration(of: opened, with: activations, options)
-    try refuse(writing: output, overInputs: [mixture, inputs] + experts.map { $0.path })
-    for remark in calibration.remarks { note(remark) }
-    let sink = try Checkpoint.create(output, calibration.manifest)
-    // A layer begins when the one before it is done; within it the samples share the workers.
-    let reports = try calibration.run(
-      into: activations.observing(sink), memory: resources.memory.bytes, workers: 1)
-    try sink.finish()
-    return reports
   }
 
   private func options(for description: MixtureDescription) throws -> MixtureCalibration.Options {

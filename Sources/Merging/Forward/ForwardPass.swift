@@ -14,6 +14,7 @@ public struct ForwardPass: Sendable {
   private let stem: String
   private let headWidth: Int
   private let weights: TransformerWeights
+  private let mixture: Mixture?
 
   /// - Parameters:
   ///   - inputs: What will be fed: of a model with two towers, it says which.
@@ -44,6 +45,8 @@ public struct ForwardPass: Sendable {
     if let configurationPath {
       configuration = try TransformerConfiguration(contentsOf: configurationPath, tower: tower)
     }
+    let isMixture = source.manifest.metadata[MixtureDescription.metadataKey] != nil
+    let mixture = isMixture ? try Mixture(source) : nil
     configuration.override(with: flags)
     let weights = TransformerWeights(source: source)
     let embedding = try InputEmbedding(family, weights, stem: stem, configuration)
@@ -73,6 +76,7 @@ public struct ForwardPass: Sendable {
     self.family = family
     self.stem = stem
     self.weights = weights
+    self.mixture = mixture
     self.configuration = configuration
     self.embedding = embedding
     self.layerCount = layerCount
@@ -156,14 +160,17 @@ public struct ForwardPass: Sendable {
   /// A layer's MLP, dense or a mixture.
   func mlp(_ layer: Int) throws -> LayerMLP {
     let module = module(layer)
-    guard let description = try? MixtureDescription(of: source),
-      source.manifest["\(module).base_model.\(family.up).weight"] != nil
-    else { return .dense(try feedForward("\(layerName(layer)).\(family.mlp)")) }
+    guard let mixture, let gate = mixture.description.modules.first(where: { $0.prefix == module })
+    else {
+      return .dense(try feedForward("\(layerName(layer)).\(family.mlp)", in: weights))
+    }
+    // However the task vectors are stored, here they are read dense.
+    let decoded = TransformerWeights(source: mixture.decoded)
     return .mixture(
-      router: try Router(in: source, gate: "\(module).gate", width: width),
-      base: try feedForward("\(module).base_model."),
-      taskVectors: try description.experts.indices.map {
-        try feedForward("\(module).task_vectors.\($0).")
+      router: try mixture.router(gate.gate),
+      base: try feedForward("\(module).base_model.", in: weights),
+      taskVectors: try mixture.description.experts.indices.map {
+        try feedForward("\(module).task_vectors.\($0).", in: decoded)
       })
   }
 
@@ -186,13 +193,17 @@ public struct ForwardPass: Sendable {
       mlp: (up?.elementCount ?? 0) * (family.gate == nil ? 2 : 3), inner: up?.shape.first ?? 0)
   }
 
-  private func feedForward(_ prefix: String) throws -> FeedForward {
+  private func feedForward(
+    _ prefix: String, in weights: TransformerWeights
+  ) throws -> FeedForward {
     let up = try weights.dense(prefix + family.up, inputs: width)
     let inner = up.bias.count
     return FeedForward(
       gate: try family.gate.map { try weights.dense(prefix + $0, outputs: inner, inputs: width) },
       up: up, down: try weights.dense(prefix + family.down, outputs: width, inputs: inner),
-      activation: configuration.activation ?? family.activation)
+      activation: configuration.activation
+        ?? mixture?.description.activation.flatMap { Activation(rawValue: $0) }
+        ?? family.activation)
   }
 }
 

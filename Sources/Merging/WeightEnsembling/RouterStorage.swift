@@ -103,18 +103,3 @@ struct InitialRouters: Sendable {
     }
   }
 }
-
-extension Router {
-  /// Reads the router below a gate's name; which tensors there are tells its depth.
-  init(in source: any TensorSource, gate: String, width: Int) throws {
-    let weights = TransformerWeights(source: source)
-    if source.manifest["\(gate).fc1.weight"] != nil {
-      let first = try weights.dense("\(gate).fc1", inputs: width)
-      self = .hidden(first, try weights.dense("\(gate).fc2", inputs: first.bias.count))
-    } else if source.manifest["\(gate).fc.weight"] != nil {
-      self = .linear(try weights.dense("\(gate).fc", inputs: width))
-    } else {
-      self = .constant(try weights.vector("\(gate).weight"))
-    }
-  }
-}
