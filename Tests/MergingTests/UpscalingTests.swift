@@ -184,6 +184,19 @@ struct UpscalingTests {
     #expect(throws: MergeError.self) { try Upscaling(family, .init()) }
   }
 
+  @Test func `a base with names that the mixture needs is refused`() throws {
+    let own = try SmallTensor("\(Self.mlp).gate.fc1.weight", [1], [1])
+    let path = try Checkpoint.write(model(0) + [own], to: folder("mixture.safetensors"))
+    let source = try Checkpoint.open(path)
+    let family = try ModelFamily(base: source, experts: [.init(name: "same", source: source)])
+    #expect(
+      throws: CheckpointError(
+        file: path, tensor: "\(Self.mlp).gate.fc1.weight",
+        "has a name that the mixture needs for its own tensors",
+        remedy: "is the base a mixture already?")
+    ) { try Upscaling(family, .init()) }
+  }
+
   @Test func `experts equal to the base give zero task vectors and no NaN`() throws {
     let base = try Checkpoint.open(Checkpoint.write(model(0), to: folder("base.safetensors")))
     let family = try ModelFamily(

@@ -172,3 +172,20 @@ struct UpscaleCommandTests {
     #expect(try folder.names == ["b.safetensors", "e.safetensors"])
   }
 }
+
+extension UpscaleCommandTests {
+  @Test func `two outputs of one name are refused and what is there stays`() throws {
+    let folder = try TemporaryFolder()
+    let name = "encoder.layers.0.mlp.fc1.weight"
+    try Checkpoint.write(
+      [SmallTensor(name, [2, 3], [1, 2, 3, 4, 5, 6])], to: folder("b.safetensors"))
+    try Data("precious".utf8).write(to: URL(filePath: folder("moe.h5")))
+    let result = try smelt(
+      "upscale", "--base", folder("b.safetensors"), "--expert", "e=\(folder("b.safetensors"))",
+      "-o", folder("moe.h5"), "--task-vectors", "\(folder.path)/./moe.h5")
+    #expect(result.code == 1)
+    #expect(result.errors.contains("is being written already; give each output its own name"))
+    #expect(try String(contentsOfFile: folder("moe.h5"), encoding: .utf8) == "precious")
+    #expect(try folder.names == ["b.safetensors", "moe.h5"])
+  }
+}

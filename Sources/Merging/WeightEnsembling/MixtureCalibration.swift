@@ -144,9 +144,12 @@ extension MixtureCalibration {
   /// - Parameter memory: as many layers are worked on together as have room in it.
   public func run(into sink: any TensorSink, memory: Int, workers: Int) throws -> [LayerReport] {
     let gates = mixture.gates
-    let rest = mixture.source.manifest.tensors.filter { tensor in
-      !gates.contains { tensor.name.hasPrefix("\($0.gate).") }
-    }
+    // What the routers are made of, and nothing else that may stand under a gate's name.
+    let fitted = Set(
+      try gates.flatMap { gate in
+        try mixture.router(gate.gate).tensors.map { "\(gate.gate).\($0.name)" }
+      })
+    let rest = mixture.source.manifest.tensors.filter { !fitted.contains($0.name) }
     try mixture.source.copy(rest, into: sink, workers: workers)
     let largest = mixture.modules.indices.map(need).max() ?? 0
     guard largest <= memory else {

@@ -107,8 +107,10 @@ public struct MixtureDescription: Codable, Sendable, Equatable {
 
   /// What a person must know who is about to use the mixture.
   public var warning: String? {
-    calibrated
-      ? nil
-      : "the routers are not calibrated yet: until 'smelt calibrate' this mixture equals task arithmetic"
+    guard !calibrated else { return nil }
+    // In the shared form the redundant vector is added once more than λ·k times: see AWD.
+    let equal = form == .shared ? "is about as good as" : "equals"
+    return
+      "the routers are not calibrated yet: until 'smelt calibrate' this mixture \(equal) task arithmetic"
   }
 }

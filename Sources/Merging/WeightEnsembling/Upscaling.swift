@@ -70,13 +70,39 @@ public struct Upscaling: Sendable {
       })
     manifest = Manifest([])
     taskVectorManifest = Manifest(
-      family.experts.flatMap { expert in
-        family.base.manifest.tensors.filter { $0.dtype.isArithmetic }.map {
-          try! TensorInfo(name: "\(expert.name)/\($0.name)", dtype: .f32, shape: $0.shape)
+      try family.experts.flatMap { expert in
+        try family.base.manifest.tensors.filter { $0.dtype.isArithmetic }.map {
+          try Upscaling.taskVector(of: $0, expert.name, base: family.base.path)
         }
       },
       metadata: ["task_vectors": options.cleaning?.description ?? "as fine-tuned"])
+    try checkNames()
     manifest = layOut()
+  }
+
+  /// A task vector's tensor, in Float whatever the model's type.
+  private static func taskVector(of tensor: TensorInfo, _ expert: String, base: String)
+    throws(CheckpointError) -> TensorInfo
+  {
+    do {
+      return try TensorInfo(name: "\(expert)/\(tensor.name)", dtype: .f32, shape: tensor.shape)
+    } catch {
+      throw CheckpointError(file: base, tensor: tensor.name, "is too large to be widened to F32")
+    }
+  }
+
+  /// A model may already have tensors under the names that a mixture gives its own.
+  private func checkNames() throws(CheckpointError) {
+    let taken = modules.flatMap {
+      [$0.prefix + ".gate.", $0.prefix + ".base_model.", $0.prefix + ".task_vectors."]
+    }
+    for tensor in family.base.manifest.tensors
+    where taken.contains(where: { tensor.name.hasPrefix($0) }) {
+      throw CheckpointError(
+        file: family.base.path, tensor: tensor.name,
+        "has a name that the mixture needs for its own tensors",
+        remedy: "is the base a mixture already?")
+    }
   }
 
   private static func check(_ options: Options) throws(MergeError) {
