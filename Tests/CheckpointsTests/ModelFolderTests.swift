@@ -118,6 +118,27 @@ import Testing
         == "is said to be in \(quoted(file)), which is not the name of a file in the same folder")
   }
 
+  @Test(arguments: ["model.safetensors.index.json", "other.index.json"])
+  func `a shard that is an index is refused`(shard: String) throws {
+    let folder = try TemporaryFolder()
+    let text = "{\"weight_map\":{\"t\":\"\(shard)\"}}"
+    try writeIndex(text, in: folder)
+    try Data(text.utf8).write(to: URL(filePath: folder(shard)))
+    let error = try #require(throws: CheckpointError.self) { try Checkpoint.open(folder.path) }
+    #expect(error.file == folder(shard))
+    #expect(error.problem == "is not a file of tensors but an index of shards")
+  }
+
+  @Test func `a shard that is a folder is refused`() throws {
+    let folder = try TemporaryFolder()
+    try FileManager.default.createSymbolicLink(
+      atPath: folder("x.safetensors"), withDestinationPath: ".")
+    try writeIndex(#"{"weight_map":{"t":"x.safetensors"}}"#, in: folder)
+    let error = try #require(throws: CheckpointError.self) { try Checkpoint.open(folder.path) }
+    #expect(error.file == folder("x.safetensors"))
+    #expect(error.problem == "is not a file of tensors but a folder")
+  }
+
   @Test func `a missing shard is named`() throws {
     let folder = try TemporaryFolder()
     try makeModel(in: folder)

@@ -101,7 +101,7 @@ func removeFolder(_ path: String) {
 }
 
 /// Where a path leads when every symbolic link on the way is followed.
-func resolved(_ path: String) -> String? {
+public func resolved(_ path: String) -> String? {
   guard let name = realpath(path, nil) else { return nil }
   defer { free(name) }
   return String(cString: name)

@@ -15,10 +15,15 @@ public enum ModelFolder {
   ]
 
   public static func open(_ path: String) throws(CheckpointError) -> any TensorSource {
+    let weights = try weights(in: path)
+    guard weights.hasSuffix(".index.json") else { return try Checkpoint.openFile(weights) }
+    return try openShards(weights, as: path)
+  }
+
+  /// The path of the file that has a folder's model, or of the index of its shards.
+  static func weights(in path: String) throws(CheckpointError) -> String {
     let names = try listFolder(path)
-    if let known = weightFiles.first(where: names.contains) {
-      return try open(known, in: path)
-    }
+    if let known = weightFiles.first(where: names.contains) { return "\(path)/\(known)" }
     // Other models have other names (adapter_model.safetensors): one must be meant.
     for ending in [".safetensors.index.json", ".safetensors"] {
       let candidates = names.filter { $0.hasSuffix(ending) && !$0.hasPrefix(".") }
@@ -28,7 +33,7 @@ public enum ModelFolder {
           "has \(candidates.count) files that may be the model: \(candidates.prefix(5).joined(separator: ", "))",
           remedy: "name the one that is meant")
       }
-      if let only = candidates.first { return try open(only, in: path) }
+      if let only = candidates.first { return "\(path)/\(only)" }
     }
     throw CheckpointError(
       file: path, "has no model in it: none of \(weightFiles.joined(separator: ", "))")
@@ -40,16 +45,15 @@ public enum ModelFolder {
   {
     try ShardedSource(index: ShardIndex(reading: index), as: path) {
       (shard) throws(CheckpointError) in
-      try Checkpoint.open(shard)
+      // A shard that were an index in its turn could name itself.
+      guard !isFolder(shard), !shard.hasSuffix(".index.json") else {
+        throw CheckpointError(
+          file: shard,
+          "is not a file of tensors but \(isFolder(shard) ? "a folder" : "an index of shards")",
+          remedy: "mend \(index), which names it")
+      }
+      return try Checkpoint.openFile(shard)
     }
-  }
-
-  private static func open(_ name: String, in folder: String) throws(CheckpointError)
-    -> any TensorSource
-  {
-    let path = "\(folder)/\(name)"
-    guard name.hasSuffix(".index.json") else { return try Checkpoint.open(path) }
-    return try openShards(path, as: folder)
   }
 }
 
