@@ -328,4 +328,29 @@ import Testing
     try writeFolder(folder("model/"), sizes: [1], shardSize: 9)
     #expect(try Checkpoint.open(folder("model")).manifest.tensors.count == 1)
   }
+
+  @Test func `what a link leads to is not replaced`() throws {
+    let folder = try TemporaryFolder()
+    try writeFolder(folder("model"), sizes: [1], shardSize: 9)
+    let files = FileManager.default
+    try files.createSymbolicLink(atPath: folder("link"), withDestinationPath: "model")
+    for path in ["link", "link/"] {
+      let error = try #require(throws: CheckpointError.self) {
+        try writeFolder(folder(path), sizes: [5], shardSize: 9, replacing: true)
+      }
+      #expect(
+        error.description
+          == "\(folder(path)): is a symbolic link; name the folder itself")
+    }
+    removeFolder(folder("link"))
+    #expect(try files.contentsOfDirectory(atPath: folder("model")) == ["model.safetensors"])
+    #expect(try files.contentsOfDirectory(atPath: folder.path).sorted() == ["link", "model"])
+  }
+
+  @Test func `a folder may have a name of 255 bytes`() throws {
+    let folder = try TemporaryFolder()
+    let name = String(repeating: "n", count: 255)
+    try writeFolder(folder(name), sizes: [1], shardSize: 9)
+    #expect(try FileManager.default.contentsOfDirectory(atPath: folder.path) == [name])
+  }
 }
