@@ -287,7 +287,7 @@ import Testing
       try Data(name.utf8).write(to: URL(filePath: folder("original/\(name)")))
     }
     try writeFolder(
-      folder("model"), sizes: [1], shardSize: 9, original: folder("original/pytorch_model.bin"))
+      folder("model"), sizes: [1], shardSize: 9, original: folder("original"))
     #expect(
       try files.subpathsOfDirectory(atPath: folder("model")).sorted() == [
         "1_Pooling", "1_Pooling/config.json", "config.json", "model.safetensors", "tokenizer.model",
@@ -297,6 +297,62 @@ import Testing
       files.contentsEqual(
         atPath: folder("original/1_Pooling/config.json"),
         andPath: folder("model/1_Pooling/config.json")))
+  }
+
+  @Test func `beside a file only a model's usual files come along`() throws {
+    let folder = try TemporaryFolder()
+    let files = FileManager.default
+    try files.createDirectory(
+      atPath: folder("original/tokenizer"), withIntermediateDirectories: true)
+    let usual = ["tokenizer.json", "tokenizer.model", "vocab.txt"]
+    for name in usual + ["diary.txt", "README.md", "other.safetensors", "tokenizer/diary.txt"] {
+      try Data(name.utf8).write(to: URL(filePath: folder("original/\(name)")))
+    }
+    let weights = folder("original/pytorch_model.bin")
+    try writeFolder(folder("bare"), sizes: [1], shardSize: 9, original: weights)
+    #expect(try files.contentsOfDirectory(atPath: folder("bare")) == ["model.safetensors"])
+
+    try Data("{}".utf8).write(to: URL(filePath: folder("original/config.json")))
+    try writeFolder(folder("model"), sizes: [1], shardSize: 9, original: weights)
+    #expect(
+      try files.contentsOfDirectory(atPath: folder("model")).sorted()
+        == (usual + ["config.json", "model.safetensors"]).sorted())
+  }
+
+  @Test func `links to folders are not followed, links to files elsewhere are named`() throws {
+    let folder = try TemporaryFolder()
+    let files = FileManager.default
+    for name in ["original/sub", "elsewhere"] {
+      try files.createDirectory(atPath: folder(name), withIntermediateDirectories: true)
+      try Data(name.utf8).write(to: URL(filePath: folder("\(name)/a.txt")))
+    }
+    for (link, target) in [
+      ("loop", "."), ("away", "../elsewhere"), ("b.txt", "../elsewhere/a.txt"),
+      ("c.txt", "sub/a.txt"),
+    ] {
+      try files.createSymbolicLink(
+        atPath: folder("original/\(link)"), withDestinationPath: target)
+    }
+    try writeFolder(folder("model"), sizes: [1], shardSize: 9, original: folder("original"))
+    #expect(
+      try files.subpathsOfDirectory(atPath: folder("model")).sorted()
+        == ["b.txt", "c.txt", "model.safetensors", "sub", "sub/a.txt"])
+    #expect(
+      try ModelFolder.sideFileWarnings(of: folder("original"))
+        == ["\(folder("original"))/b.txt: symbolic link to \(resolved(folder("elsewhere"))!)"])
+  }
+
+  @Test func `folders without end are refused before anything is written`() throws {
+    let folder = try TemporaryFolder()
+    let deep = "original" + String(repeating: "/d", count: 10)
+    try FileManager.default.createDirectory(
+      atPath: folder(deep), withIntermediateDirectories: true)
+    let error = try #require(throws: CheckpointError.self) {
+      try writeFolder(folder("model"), sizes: [1], shardSize: 9, original: folder("original"))
+    }
+    #expect(error.file == folder("original"))
+    #expect(error.problem == "has folders in folders more than 8 deep")
+    #expect(try FileManager.default.contentsOfDirectory(atPath: folder.path) == ["original"])
   }
 
   @Test func `a sink that is dropped leaves nothing`() throws {
