@@ -176,9 +176,22 @@ public enum Checkpoint {
   public static func open(_ path: String) throws(CheckpointError) -> any TensorSource {
     if isFolder(path) { return try ModelFolder.open(path) }
     if path.hasSuffix(".index.json") { return try ModelFolder.openShards(path, as: path) }
+    return try openFile(path)
+  }
+
+  /// Opens a checkpoint that is one file of tensors.
+  static func openFile(_ path: String) throws(CheckpointError) -> any TensorSource {
     let beginning = try File(reading: path).beginning(16)
     let format = formats.first { $0.recognises(beginning) } ?? Safetensors.self
     return try format.open(path)
+  }
+
+  /// The files that `open` reads: of a model's folder the weights, and all shards of an index.
+  public static func files(of path: String) throws(CheckpointError) -> [String] {
+    let file = isFolder(path) ? try ModelFolder.weights(in: path) : path
+    guard file.hasSuffix(".index.json") else { return [file] }
+    let folder = split(file).folder
+    return [file] + (try ShardIndex(reading: file)).files.map { "\(folder)/\($0)" }
   }
 
   /// Begins a checkpoint; the name's ending says which format it will be. A name that ends in

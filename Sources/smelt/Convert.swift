@@ -59,6 +59,7 @@ struct Convert: ParsableCommand {
     let view = try self.view(of: source)
     let output = writing.path(output)
     try refuse(writing: output, overInputs: [input])
+    if output.hasSuffix("/") { try ModelFolder.sideFileWarnings(of: input).forEach(note) }
     try Checkpoint.write(
       view, to: output, writing.options(sideFilesOf: input), workers: resources.jobs)
     print("\(output): \(summary(of: view.manifest))")

@@ -42,17 +42,19 @@ struct NamedPath: ExpressibleByArgument {
 /// - Throws: if `output` is one of the files or folders that are read, or a folder that holds one.
 func refuse(writing output: String, overInputs inputs: [String]) throws {
   for input in inputs {
-    if try isSameFile(output, input) {
-      throw CheckpointError(file: output, "is also an input", remedy: "write to another name")
-    }
-    // Replacing a folder removes all that is in it.
-    var folder = URL(filePath: input).resolvingSymlinksInPath().deletingLastPathComponent()
-    while output.hasSuffix("/"), folder.path != "/" {
-      if try isSameFile(output, folder.path) {
-        throw CheckpointError(
-          file: output, "holds the input \(input)", remedy: "write to another folder")
+    for path in [input] + (try Checkpoint.files(of: input)) {
+      if try isSameFile(output, path) {
+        throw CheckpointError(file: output, "is also an input", remedy: "write to another name")
       }
-      folder.deleteLastPathComponent()
+      // Replacing a folder removes all that is in it; a link may lead there from elsewhere.
+      var folder = URL(filePath: resolved(path) ?? path).deletingLastPathComponent()
+      while folder.path != "/" {
+        if try isSameFile(output, folder.path) {
+          throw CheckpointError(
+            file: output, "holds the input \(path)", remedy: "write to another folder")
+        }
+        folder.deleteLastPathComponent()
+      }
     }
   }
 }

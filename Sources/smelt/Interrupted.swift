@@ -26,6 +26,8 @@ struct Interrupted {
   /// Unfinished outputs of this name whose writer is gone.
   private var leftoverPaths: [String] {
     let names = (try? FileManager.default.contentsOfDirectory(atPath: folder)) ?? []
+    // As long as unfinished outputs have it of a long name.
+    let name = String(decoding: name.utf8.prefix(200), as: UTF8.self)
     return names.sorted().compactMap { entry in
       let words = entry.split(separator: ".", omittingEmptySubsequences: false)
       guard entry.hasPrefix(".\(name)."), words.last == "partial", words.count >= 4,

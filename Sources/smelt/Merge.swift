@@ -63,7 +63,7 @@ struct Merge: ParsableCommand {
     let cost = plan.cost(memory: resources.memory.bytes, workers: resources.jobs)
     if dryRun { return describe(plan, cost) }
     try refuseFullDisk(cost)
-    for model in parsed.models { try refuse(writing: output, overInputs: [model]) }
+    try refuse(writing: output, overInputs: parsed.models + [recipe])
     let interrupted = try Interrupted(output, identity: identity(text, parsed))
     let pieces = try interrupted.pieces(of: plan, isResuming: resume)
     let sink = try makeSink(plan, recipeText: text)

@@ -118,6 +118,27 @@ import Testing
         == "is said to be in \(quoted(file)), which is not the name of a file in the same folder")
   }
 
+  @Test(arguments: ["model.safetensors.index.json", "other.index.json"])
+  func `a shard that is an index is refused`(shard: String) throws {
+    let folder = try TemporaryFolder()
+    let text = "{\"weight_map\":{\"t\":\"\(shard)\"}}"
+    try writeIndex(text, in: folder)
+    try Data(text.utf8).write(to: URL(filePath: folder(shard)))
+    let error = try #require(throws: CheckpointError.self) { try Checkpoint.open(folder.path) }
+    #expect(error.file == folder(shard))
+    #expect(error.problem == "is not a file of tensors but an index of shards")
+  }
+
+  @Test func `a shard that is a folder is refused`() throws {
+    let folder = try TemporaryFolder()
+    try FileManager.default.createSymbolicLink(
+      atPath: folder("x.safetensors"), withDestinationPath: ".")
+    try writeIndex(#"{"weight_map":{"t":"x.safetensors"}}"#, in: folder)
+    let error = try #require(throws: CheckpointError.self) { try Checkpoint.open(folder.path) }
+    #expect(error.file == folder("x.safetensors"))
+    #expect(error.problem == "is not a file of tensors but a folder")
+  }
+
   @Test func `a missing shard is named`() throws {
     let folder = try TemporaryFolder()
     try makeModel(in: folder)
@@ -266,7 +287,7 @@ import Testing
       try Data(name.utf8).write(to: URL(filePath: folder("original/\(name)")))
     }
     try writeFolder(
-      folder("model"), sizes: [1], shardSize: 9, original: folder("original/pytorch_model.bin"))
+      folder("model"), sizes: [1], shardSize: 9, original: folder("original"))
     #expect(
       try files.subpathsOfDirectory(atPath: folder("model")).sorted() == [
         "1_Pooling", "1_Pooling/config.json", "config.json", "model.safetensors", "tokenizer.model",
@@ -276,6 +297,62 @@ import Testing
       files.contentsEqual(
         atPath: folder("original/1_Pooling/config.json"),
         andPath: folder("model/1_Pooling/config.json")))
+  }
+
+  @Test func `beside a file only a model's usual files come along`() throws {
+    let folder = try TemporaryFolder()
+    let files = FileManager.default
+    try files.createDirectory(
+      atPath: folder("original/tokenizer"), withIntermediateDirectories: true)
+    let usual = ["tokenizer.json", "tokenizer.model", "vocab.txt"]
+    for name in usual + ["diary.txt", "README.md", "other.safetensors", "tokenizer/diary.txt"] {
+      try Data(name.utf8).write(to: URL(filePath: folder("original/\(name)")))
+    }
+    let weights = folder("original/pytorch_model.bin")
+    try writeFolder(folder("bare"), sizes: [1], shardSize: 9, original: weights)
+    #expect(try files.contentsOfDirectory(atPath: folder("bare")) == ["model.safetensors"])
+
+    try Data("{}".utf8).write(to: URL(filePath: folder("original/config.json")))
+    try writeFolder(folder("model"), sizes: [1], shardSize: 9, original: weights)
+    #expect(
+      try files.contentsOfDirectory(atPath: folder("model")).sorted()
+        == (usual + ["config.json", "model.safetensors"]).sorted())
+  }
+
+  @Test func `links to folders are not followed, links to files elsewhere are named`() throws {
+    let folder = try TemporaryFolder()
+    let files = FileManager.default
+    for name in ["original/sub", "elsewhere"] {
+      try files.createDirectory(atPath: folder(name), withIntermediateDirectories: true)
+      try Data(name.utf8).write(to: URL(filePath: folder("\(name)/a.txt")))
+    }
+    for (link, target) in [
+      ("loop", "."), ("away", "../elsewhere"), ("b.txt", "../elsewhere/a.txt"),
+      ("c.txt", "sub/a.txt"),
+    ] {
+      try files.createSymbolicLink(
+        atPath: folder("original/\(link)"), withDestinationPath: target)
+    }
+    try writeFolder(folder("model"), sizes: [1], shardSize: 9, original: folder("original"))
+    #expect(
+      try files.subpathsOfDirectory(atPath: folder("model")).sorted()
+        == ["b.txt", "c.txt", "model.safetensors", "sub", "sub/a.txt"])
+    #expect(
+      try ModelFolder.sideFileWarnings(of: folder("original"))
+        == ["\(folder("original"))/b.txt: symbolic link to \(resolved(folder("elsewhere"))!)"])
+  }
+
+  @Test func `folders without end are refused before anything is written`() throws {
+    let folder = try TemporaryFolder()
+    let deep = "original" + String(repeating: "/d", count: 10)
+    try FileManager.default.createDirectory(
+      atPath: folder(deep), withIntermediateDirectories: true)
+    let error = try #require(throws: CheckpointError.self) {
+      try writeFolder(folder("model"), sizes: [1], shardSize: 9, original: folder("original"))
+    }
+    #expect(error.file == folder("original"))
+    #expect(error.problem == "has folders in folders more than 8 deep")
+    #expect(try FileManager.default.contentsOfDirectory(atPath: folder.path) == ["original"])
   }
 
   @Test func `a sink that is dropped leaves nothing`() throws {
@@ -306,5 +383,30 @@ import Testing
       atPath: folder("model"), withIntermediateDirectories: false)
     try writeFolder(folder("model/"), sizes: [1], shardSize: 9)
     #expect(try Checkpoint.open(folder("model")).manifest.tensors.count == 1)
+  }
+
+  @Test func `what a link leads to is not replaced`() throws {
+    let folder = try TemporaryFolder()
+    try writeFolder(folder("model"), sizes: [1], shardSize: 9)
+    let files = FileManager.default
+    try files.createSymbolicLink(atPath: folder("link"), withDestinationPath: "model")
+    for path in ["link", "link/"] {
+      let error = try #require(throws: CheckpointError.self) {
+        try writeFolder(folder(path), sizes: [5], shardSize: 9, replacing: true)
+      }
+      #expect(
+        error.description
+          == "\(folder(path)): is a symbolic link; name the folder itself")
+    }
+    removeFolder(folder("link"))
+    #expect(try files.contentsOfDirectory(atPath: folder("model")) == ["model.safetensors"])
+    #expect(try files.contentsOfDirectory(atPath: folder.path).sorted() == ["link", "model"])
+  }
+
+  @Test func `a folder may have a name of 255 bytes`() throws {
+    let folder = try TemporaryFolder()
+    let name = String(repeating: "n", count: 255)
+    try writeFolder(folder(name), sizes: [1], shardSize: 9)
+    #expect(try FileManager.default.contentsOfDirectory(atPath: folder.path) == [name])
   }
 }

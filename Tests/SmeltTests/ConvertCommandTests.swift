@@ -104,4 +104,51 @@ struct ConvertCommandTests {
     #expect(result.code == 64)
     #expect(result.errors.contains(message), "\(result.errors)")
   }
+
+  // MARK: Outputs that are inputs
+
+  /// A folder of two shards.
+  private func makeShards(_ name: String) throws {
+    let result = try smelt(
+      "convert", folder("in.safetensors"), folder(name), "--max-shard-size", "16")
+    #expect(result.code == 0, "\(result.errors)")
+  }
+
+  @Test(arguments: [
+    ("sh", "sh/model-00001-of-00003.safetensors"),
+    ("sh/model.safetensors.index.json", "sh/model-00003-of-00003.safetensors"),
+    ("single", "single/model.safetensors"), ("single", "link.safetensors"),
+  ])
+  func `a file that is read is not written`(input: String, output: String) throws {
+    try makeShards("sh")
+    #expect(try smelt("convert", folder("in.safetensors"), folder("single/")).code == 0)
+    try FileManager.default.createSymbolicLink(
+      atPath: folder("link.safetensors"), withDestinationPath: folder("single/model.safetensors"))
+    let before = try Data(contentsOf: URL(filePath: folder(output)))
+    for options in [[], ["--dtype", "BF16"]] {
+      let result = try smelt(["convert", folder(input), folder(output)] + options)
+      #expect(result.code == 1)
+      #expect(
+        result.errors.hasSuffix(
+          "Error: \(folder(output)): is also an input; write to another name\n"),
+        "\(result.errors)")
+    }
+    #expect(try Data(contentsOf: URL(filePath: folder(output))) == before)
+  }
+
+  @Test func `a folder that links lead into is not replaced`() throws {
+    try makeShards("blobs")
+    let files = FileManager.default
+    try files.createDirectory(atPath: folder("snap"), withIntermediateDirectories: false)
+    let names = try files.contentsOfDirectory(atPath: folder("blobs")).sorted()
+    for name in names {
+      try files.createSymbolicLink(
+        atPath: folder("snap/\(name)"), withDestinationPath: "../blobs/\(name)")
+    }
+    let result = try smelt("convert", folder("snap"), folder("blobs/"), "--force")
+    #expect(result.code == 1)
+    #expect(
+      result.errors.contains("Error: \(folder("blobs/")): holds the input \(folder("snap/"))"))
+    #expect(try files.contentsOfDirectory(atPath: folder("blobs")).sorted() == names)
+  }
 }

@@ -20,6 +20,10 @@ final class PendingFolder: Sendable {
     guard !name.isEmpty, name != ".", name != ".." else {
       throw CheckpointError(file: path, "does not name a folder that can be made")
     }
+    guard !isLink(destination) else {
+      throw CheckpointError(
+        file: path, "is a symbolic link", remedy: "name the folder itself")
+    }
     var status = stat()
     if stat(destination, &status) == 0 {
       guard status.st_mode & S_IFMT == S_IFDIR else {
@@ -33,7 +37,11 @@ final class PendingFolder: Sendable {
     }
     self.destination = destination
     self.isReplacing = isReplacing
-    temporaryPath = "\(folder)/.\(name).\(getpid()).partial"
+    temporaryPath = PendingFile.temporaryPath(folder: folder, name: name)
+    guard !Unfinished.contains(temporaryPath) else {
+      throw CheckpointError(
+        file: path, "is being written already", remedy: "give each output its own name")
+    }
     removeFolder(temporaryPath)
     guard mkdir(temporaryPath, 0o755) == 0 else { throw .system(path, "cannot be created") }
     Unfinished.add(temporaryPath)
@@ -86,6 +94,12 @@ func isFolder(_ path: String) -> Bool {
   return stat(path, &status) == 0 && status.st_mode & S_IFMT == S_IFDIR
 }
 
+/// Whether a path is that of a symbolic link.
+func isLink(_ path: String) -> Bool {
+  var status = stat()
+  return lstat(path, &status) == 0 && status.st_mode & S_IFMT == S_IFLNK
+}
+
 /// Whether a path leads to a regular file, itself or through symbolic links.
 func isFile(_ path: String) -> Bool {
   var status = stat()
@@ -94,6 +108,7 @@ func isFile(_ path: String) -> Bool {
 
 /// Removes a folder of ours and all that is in it, as far as it can; links are not followed.
 func removeFolder(_ path: String) {
+  guard !isLink(path) else { return }
   for name in (try? listFolder(path)) ?? [] where unlink("\(path)/\(name)") != 0 {
     removeFolder("\(path)/\(name)")
   }
@@ -101,7 +116,7 @@ func removeFolder(_ path: String) {
 }
 
 /// Where a path leads when every symbolic link on the way is followed.
-func resolved(_ path: String) -> String? {
+public func resolved(_ path: String) -> String? {
   guard let name = realpath(path, nil) else { return nil }
   defer { free(name) }
   return String(cString: name)

@@ -36,8 +36,8 @@ final class PendingFile: Sendable {
     Unfinished.add(temporaryPath)
   }
 
-  /// The same for every way to write the same destination.
-  private static func temporaryPath(folder: String, name: String) -> String {
+  /// The same for every way to write the same destination, be it a file or a folder.
+  static func temporaryPath(folder: String, name: String) -> String {
     let resolved = realpath(folder, nil)
     defer { free(resolved) }
     // Shortened, because a name may have 255 bytes and this one has more than the destination's.

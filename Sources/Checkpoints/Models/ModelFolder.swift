@@ -15,10 +15,15 @@ public enum ModelFolder {
   ]
 
   public static func open(_ path: String) throws(CheckpointError) -> any TensorSource {
+    let weights = try weights(in: path)
+    guard weights.hasSuffix(".index.json") else { return try Checkpoint.openFile(weights) }
+    return try openShards(weights, as: path)
+  }
+
+  /// The path of the file that has a folder's model, or of the index of its shards.
+  static func weights(in path: String) throws(CheckpointError) -> String {
     let names = try listFolder(path)
-    if let known = weightFiles.first(where: names.contains) {
-      return try open(known, in: path)
-    }
+    if let known = weightFiles.first(where: names.contains) { return "\(path)/\(known)" }
     // Other models have other names (adapter_model.safetensors): one must be meant.
     for ending in [".safetensors.index.json", ".safetensors"] {
       let candidates = names.filter { $0.hasSuffix(ending) && !$0.hasPrefix(".") }
@@ -28,7 +33,7 @@ public enum ModelFolder {
           "has \(candidates.count) files that may be the model: \(candidates.prefix(5).joined(separator: ", "))",
           remedy: "name the one that is meant")
       }
-      if let only = candidates.first { return try open(only, in: path) }
+      if let only = candidates.first { return "\(path)/\(only)" }
     }
     throw CheckpointError(
       file: path, "has no model in it: none of \(weightFiles.joined(separator: ", "))")
@@ -40,16 +45,15 @@ public enum ModelFolder {
   {
     try ShardedSource(index: ShardIndex(reading: index), as: path) {
       (shard) throws(CheckpointError) in
-      try Checkpoint.open(shard)
+      // A shard that were an index in its turn could name itself.
+      guard !isFolder(shard), !shard.hasSuffix(".index.json") else {
+        throw CheckpointError(
+          file: shard,
+          "is not a file of tensors but \(isFolder(shard) ? "a folder" : "an index of shards")",
+          remedy: "mend \(index), which names it")
+      }
+      return try Checkpoint.openFile(shard)
     }
-  }
-
-  private static func open(_ name: String, in folder: String) throws(CheckpointError)
-    -> any TensorSource
-  {
-    let path = "\(folder)/\(name)"
-    guard name.hasSuffix(".index.json") else { return try Checkpoint.open(path) }
-    return try openShards(path, as: folder)
   }
 }
 
@@ -70,7 +74,8 @@ extension ModelFolder {
   /// Tensors fill the files in order; one that is larger has its own. What fits one file is
   /// written as `model.safetensors`, without an index.
   /// - Parameters:
-  ///   - sideFiles: a model's folder, or a file in it, whose other files are copied.
+  ///   - original: a model's folder, whose other files are copied, or a file, of which only a
+  ///     model's usual files beside it are.
   ///   - files: small files to write beside the weights, by name; they take the place of copies.
   ///   - isReplacing: whether a folder that is there goes, with all its files.
   public static func create(
@@ -90,6 +95,7 @@ extension ModelFolder {
       shards[shards.count - 1].append(tensor)
       size += tensor.byteCount
     }
+    let sideFiles = try original.map { (path) throws(CheckpointError) in try SideFiles(of: path) }
     let folder = try PendingFolder(for: path, replacing: isReplacing)
     var places: [Int] = []
     var files: [(file: String, tensors: [TensorInfo])] = []
@@ -110,39 +116,12 @@ extension ModelFolder {
       } catch { throw error.moved(to: "\(folder.destination)/\(file)") }
     }
     return FolderSink(
-      folder, manifest, sinks: sinks, places: places, files: files, original: original,
+      folder, manifest, sinks: sinks, places: places, files: files, sideFiles: sideFiles,
       smallFiles: smallFiles)
   }
 
   private static func fiveDigits(_ number: Int) -> String {
     String(repeating: "0", count: max(0, 5 - String(number).count)) + String(number)
-  }
-
-  /// Whether a file belongs to a model without being its weights.
-  static func isSideFile(_ name: String) -> Bool {
-    let weights = [
-      "safetensors", "bin", "pt", "pth", "ckpt", "h5", "hdf5", "msgpack", "gguf", "onnx",
-      "onnx_data", "npz", "zst", "ot", "tflite",
-    ]
-    let isWeights = weights.contains { name.lowercased().hasSuffix("." + $0) }
-    return !isWeights && !name.hasPrefix(".") && !name.hasSuffix(".index.json")
-  }
-
-  /// Copies the files of a model's folder that are not weights, those of subfolders too.
-  fileprivate static func copySideFiles(from folder: String, to target: String, depth: Int = 0)
-    throws(CheckpointError)
-  {
-    for name in try listFolder(folder) where isSideFile(name) {
-      let (source, copy) = ("\(folder)/\(name)", "\(target)/\(name)")
-      if isFile(source) {
-        try copyFile(source, to: copy)
-      } else if isFolder(source), depth < 8 {  // A link to a folder above would have no end.
-        guard mkdir(copy, 0o755) == 0 else { throw .system(copy, "cannot be created") }
-        try copySideFiles(from: source, to: copy, depth: depth + 1)
-        rmdir(copy)  // Goes only if nothing was in it.
-      }
-    }
-    try syncFolder(target)
   }
 }
 
@@ -155,12 +134,12 @@ private final class FolderSink: TensorSink {
   private let places: [Int]
   private let files: [(file: String, tensors: [TensorInfo])]
   private let isComplete = Atomic(false)
-  private let original: String?
+  private let sideFiles: SideFiles?
   private let smallFiles: [String: [UInt8]]
 
   init(
     _ folder: PendingFolder, _ manifest: Manifest, sinks: [any TensorSink], places: [Int],
-    files: [(file: String, tensors: [TensorInfo])], original: String?,
+    files: [(file: String, tensors: [TensorInfo])], sideFiles: SideFiles?,
     smallFiles: [String: [UInt8]]
   ) {
     self.folder = folder
@@ -168,7 +147,7 @@ private final class FolderSink: TensorSink {
     self.sinks = sinks
     self.places = places
     self.files = files
-    self.original = original
+    self.sideFiles = sideFiles
     self.smallFiles = smallFiles
   }
 
@@ -183,10 +162,7 @@ private final class FolderSink: TensorSink {
     guard !isComplete.load(ordering: .relaxed) else { return }
     do {
       for sink in sinks { try sink.finish() }
-      if let original {
-        let source = isFolder(original) ? original : split(original).folder
-        try ModelFolder.copySideFiles(from: source, to: folder.temporaryPath)
-      }
+      try sideFiles?.copy(to: folder.temporaryPath)
       for (name, bytes) in smallFiles.sorted(by: { $0.key < $1.key }) {
         unlink("\(folder.temporaryPath)/\(name)")
         let file = try File(creating: "\(folder.temporaryPath)/\(name)")

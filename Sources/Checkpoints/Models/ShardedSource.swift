@@ -109,7 +109,7 @@ func linksLeaving(_ folder: String, _ files: [String]) -> [String] {
   let leaving = files.compactMap { file -> (file: String, target: String)? in
     guard let target = resolved("\(folder)/\(file)") else { return nil }
     let targetFolder = split(target).folder
-    return targetFolder == home ? nil : (file, targetFolder)
+    return (targetFolder + "/").hasPrefix(home + "/") ? nil : (file, targetFolder)
   }
   return Dictionary(grouping: leaving) { $0.target }.sorted { $0.key < $1.key }.map {
     let others = $1.count > 1 ? " and \($1.count - 1) others" : ""

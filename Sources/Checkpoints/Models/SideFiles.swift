@@ -1,0 +1,94 @@
+import Glibc
+
+/// The files that belong to a model without being its weights: configuration, tokenizer and
+/// the like.
+struct SideFiles {
+  let folder: String
+  /// Their paths in the folder.
+  private(set) var paths: [String] = []
+  private var seenCount = 0
+
+  /// Far more than any model has.
+  private static let mostFiles = 10_000
+  private static let deepest = 8
+
+  /// - Parameter original: a model's folder, whose files all come along, or a file, beside which
+  ///   only a model's usual files do: it may lie among a user's own.
+  init(of original: String) throws(CheckpointError) {
+    if isFolder(original) {
+      folder = original
+      try find(in: "", depth: 0)
+    } else {
+      folder = split(original).folder
+      guard isFile("\(folder)/config.json") else { return }
+      paths = try listFolder(folder).filter {
+        Self.isUsual($0) && Self.isSideFile($0) && isFile("\(folder)/\($0)")
+      }
+    }
+  }
+
+  /// Finds the files of a subfolder, whose path is empty or ends in a slash.
+  private mutating func find(in subfolder: String, depth: Int) throws(CheckpointError) {
+    for name in try listFolder("\(folder)/\(subfolder)") where Self.isSideFile(name) {
+      let path = "\(subfolder)\(name)"
+      seenCount += 1
+      guard seenCount <= Self.mostFiles, depth <= Self.deepest else {
+        throw CheckpointError(
+          file: folder,
+          seenCount > Self.mostFiles
+            ? "has more than \(Self.mostFiles) files beside the weights"
+            : "has folders in folders more than \(Self.deepest) deep",
+          remedy: "name the file of the weights, or move them to a folder of their own")
+      }
+      if isFile("\(folder)/\(path)") {
+        paths.append(path)
+      } else if isFolder("\(folder)/\(path)"), !isLink("\(folder)/\(path)") {
+        try find(in: "\(path)/", depth: depth + 1)
+      }
+    }
+  }
+
+  /// What comes from elsewhere, through symbolic links, a sentence each.
+  var warnings: [String] { linksLeaving(folder, paths) }
+
+  func copy(to target: String) throws(CheckpointError) {
+    var subfolders: Set<String> = []
+    for path in paths {
+      for slash in path.indices where path[slash] == "/" {
+        let subfolder = "\(target)/\(path[..<slash])"
+        guard subfolders.insert(subfolder).inserted else { continue }
+        guard mkdir(subfolder, 0o755) == 0 else { throw .system(subfolder, "cannot be created") }
+      }
+      try copyFile("\(folder)/\(path)", to: "\(target)/\(path)")
+    }
+    for subfolder in subfolders { try syncFolder(subfolder) }
+    try syncFolder(target)
+  }
+
+  /// Whether a file is no weights, by its name.
+  private static func isSideFile(_ name: String) -> Bool {
+    let weights = [
+      "safetensors", "bin", "pt", "pth", "ckpt", "h5", "hdf5", "msgpack", "gguf", "onnx",
+      "onnx_data", "npz", "zst", "ot", "tflite",
+    ]
+    let isWeights = weights.contains { name.lowercased().hasSuffix("." + $0) }
+    return !isWeights && !name.hasPrefix(".") && !name.hasSuffix(".index.json")
+  }
+
+  /// Whether a file is one that transformers writes beside a model's weights.
+  private static func isUsual(_ name: String) -> Bool {
+    let names = [
+      "config.json", "generation_config.json", "preprocessor_config.json",
+      "processor_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt",
+    ]
+    return names.contains(name) || name.hasSuffix(".model")
+      || ["tokenizer", "vocab", "chat_template"].contains { name.hasPrefix($0) }
+  }
+}
+
+extension ModelFolder {
+  /// What is odd about the files that a new folder would get from this model, a sentence each.
+  public static func sideFileWarnings(of original: String) throws(CheckpointError) -> [String] {
+    try SideFiles(of: original).warnings
+  }
+}
