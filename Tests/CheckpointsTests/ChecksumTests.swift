@@ -130,6 +130,28 @@ import Testing
     }
   }
 
+  @Test(arguments: ["copy.safetensors", "copy.h5", "copy.npz", "copy/"])
+  func `damage is refused when it would be copied`(output: String) throws {
+    let folder = try TemporaryFolder()
+    let file = folder("model.safetensors")
+    try write(
+      [
+        TensorInfo(name: "a", dtype: .u8, shape: [3]): [1, 2, 3],
+        TensorInfo(name: "b", dtype: .f16, shape: [2]): [4, 5, 6, 7],
+      ], to: file)
+    var bytes = try Data(contentsOf: URL(filePath: file))
+    bytes[bytes.count - 1] ^= 1
+    try bytes.write(to: URL(filePath: file))
+    let error = try #require(throws: CheckpointError.self) {
+      try Checkpoint.write(Checkpoint.open(file), to: folder(output))
+    }
+    #expect(
+      error.description
+        == "\(file): tensor \"a\": is not what was written: its checksum differs; "
+        + "get it again; 'smelt verify --data' lists what is damaged")
+    #expect(try folder.names == ["model.safetensors"])
+  }
+
   @Test func `a carried header's checksums become those of the new data`() throws {
     let folder = try TemporaryFolder()
     let tensor = try TensorInfo(name: "a", dtype: .u8, shape: [3])
