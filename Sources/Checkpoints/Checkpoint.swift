@@ -13,6 +13,10 @@ public protocol TensorSource: Sendable {
   func read(_ tensor: TensorInfo, at offset: Int, into buffer: inout MutableRawSpan)
     throws(CheckpointError)
 
+  /// - Throws: if a file was written to since it was opened: what was read of it may be a
+  ///   mixture.
+  func checkUnchanged() throws(CheckpointError)
+
   /// Writes these tensors to the tensors of `sink` with the same names, byte for byte; a source
   /// that has checksums of whole tensors verifies them.
   func copy(_ tensors: [TensorInfo], into sink: any TensorSink, workers: Int) throws
@@ -27,6 +31,8 @@ public protocol TensorSource: Sendable {
 
 extension TensorSource {
   public var warnings: [String] { [] }
+
+  public func checkUnchanged() throws(CheckpointError) {}
 
   public func recordedChecksum(of tensor: TensorInfo) -> TensorChecksum? { nil }
 

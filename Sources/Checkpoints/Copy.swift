@@ -8,10 +8,10 @@ extension TensorSource {
   }
 
   /// Memory is `workers` pieces of 4 MiB, whatever the tensors' sizes.
-  /// - Throws: before the sink has been finished, if a tensor does not have its recorded checksum.
+  /// - Throws: before the sink has been finished, if a tensor does not have its recorded checksum
+  ///   or the source was changed meanwhile.
   public func copy(_ tensors: [TensorInfo], into sink: any TensorSink, workers: Int) throws {
-    var originals: [TensorInfo] = []
-    for tensor in tensors { originals.append(try self.tensor(tensor.name)) }
+    let originals = try tensors.map { try tensor($0.name) }
     let comparison = ChecksumComparison(originals, of: self)
     let pieces = Pieces(of: tensors, size: 4 * TensorChecksum.blockSize)
     try forEachStep(count: pieces.count, workers: workers) {
@@ -24,6 +24,7 @@ extension TensorSource {
       comparison.add(piece.bytes, ofTensorAt: position, from: range.lowerBound)
       try sink.write(piece.bytes, of: tensor, at: range.lowerBound)
     }
+    try checkUnchanged()
     guard let damaged = comparison.damaged.first else { return }
     throw CheckpointError(
       file: path, tensor: damaged.name, "is not what was written: its checksum differs",

@@ -152,6 +152,29 @@ import Testing
     #expect(try folder.names == ["model.safetensors"])
   }
 
+  @Test(arguments: ["model.safetensors", "model.h5", "model.npz", "model.safetensors.zst"])
+  func `a file that is written to while it is copied is refused`(name: String) throws {
+    let folder = try TemporaryFolder()
+    let contents = try tensors()
+    let sink = try Checkpoint.create(
+      folder(name), Manifest(contents.keys.sorted { $0.name < $1.name }))
+    for (tensor, bytes) in contents { try sink.write(bytes.span.bytes, of: tensor, at: 0) }
+    try sink.finish()
+    let source = try Checkpoint.open(folder(name))
+    try source.checkUnchanged()
+    // The same bytes again, but later: what was read in between is anyone's guess.
+    try FileManager.default.setAttributes(
+      [.modificationDate: Date(timeIntervalSince1970: 1e9)], ofItemAtPath: folder(name))
+    let error = try #require(throws: CheckpointError.self) {
+      try Checkpoint.write(source, to: folder("copy.h5"))
+    }
+    #expect(
+      error.description
+        == "\(folder(name)): was changed while it was being read; "
+        + "try again when nothing writes to it")
+    #expect(try folder.names == [name])
+  }
+
   @Test func `a carried header's checksums become those of the new data`() throws {
     let folder = try TemporaryFolder()
     let tensor = try TensorInfo(name: "a", dtype: .u8, shape: [3])

@@ -19,7 +19,11 @@ public enum HDF5: CheckpointFormat {
   }
 
   public static func open(_ path: String) throws(CheckpointError) -> any TensorSource {
-    try source(inventory(path), path)
+    let before = try FileStamp(File(reading: path))
+    let source = try source(inventory(path), path)
+    // The library read it under its own handle.
+    try File(reading: path).checkUnchanged(since: before)
+    return source
   }
 
   /// The tensors that an inventory names, once it has been proven right.

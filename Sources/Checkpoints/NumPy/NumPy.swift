@@ -171,6 +171,8 @@ private final class NumPySource: TensorSource {
     return info
   }
 
+  func checkUnchanged() throws(CheckpointError) { try archive.file.checkUnchanged() }
+
   func read(_ tensor: TensorInfo, at offset: Int, into buffer: inout MutableRawSpan)
     throws(CheckpointError)
   {
