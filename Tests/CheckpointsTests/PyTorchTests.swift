@@ -281,7 +281,7 @@ import Testing
       tensor(
         count: 4, offset: 0, shape: .init(repeating: 1, count: 65),
         strides: .init(repeating: 1, count: 65)),
-      "has a malformed pickle: a tensor has 65 dimensions at byte 763"
+      "has a malformed pickle: a tensor has 65 dimensions at byte 760"
     ),
     .init(
       "a name that many tensors share", shared(name: 100_000, count: 3),
