@@ -175,6 +175,43 @@ import Testing
     #expect(try folder.names == [name])
   }
 
+  @Test(arguments: ["copy.safetensors", "copy.h5", "copy/"])
+  func `sha256 is recorded where it is asked for, whatever the header`(output: String) throws {
+    let folder = try TemporaryFolder()
+    let file = folder("model.safetensors")
+    let tensor = try TensorInfo(name: "a", dtype: .u8, shape: [3])
+    try write([tensor: [1, 2, 3]], to: file)
+    #expect(try Safetensors.open(file).recordedChecksum(of: tensor)?.algorithm == .xxh3)
+    var options = WritingOptions()
+    options.checksums = .sha256
+    try Checkpoint.write(Checkpoint.open(file), to: folder(output), options)
+    let copy = try Checkpoint.open(folder(output))
+    #expect(copy.recordedChecksum(of: tensor)?.algorithm == .sha256)
+    #expect(try copy.verifyData(workers: 2).isSound)
+    // Not asked for: the header stays, so that the same tensors give the same file.
+    try Checkpoint.write(Checkpoint.open(file), to: folder("again.safetensors"))
+    let files = try [file, folder("again.safetensors")].map {
+      try Data(contentsOf: URL(filePath: $0))
+    }
+    #expect(files[0] == files[1])
+  }
+
+  @Test(arguments: [("copy.npz", "CRC-32"), ("copy.safetensors.zst", "XXH3")])
+  func `sha256 is refused where it cannot be recorded`(output: String, checksum: String) throws {
+    let folder = try TemporaryFolder()
+    let tensor = try TensorInfo(name: "a", dtype: .u8, shape: [3])
+    try write([tensor: [1, 2, 3]], to: folder("model.safetensors"))
+    var options = WritingOptions()
+    options.checksums = .sha256
+    let error = try #require(throws: CheckpointError.self) {
+      try Checkpoint.write(
+        Checkpoint.open(folder("model.safetensors")), to: folder(output), options)
+    }
+    #expect(
+      error.problem == "records \(checksum) of its own; --sha256 is for safetensors and HDF5")
+    #expect(try folder.names == ["model.safetensors"])
+  }
+
   @Test func `a carried header's checksums become those of the new data`() throws {
     let folder = try TemporaryFolder()
     let tensor = try TensorInfo(name: "a", dtype: .u8, shape: [3])

@@ -52,7 +52,7 @@ public enum HDF5: CheckpointFormat {
       let file = try pending.open()
       try file.preallocate(file.size())
       return try FlatSink(
-        pending, manifest, offsets: offsets.map { $0! }, checksums: options.checksums
+        pending, manifest, offsets: offsets.map { $0! }, checksums: options.checksums ?? .xxh3
       ) { (file, checksums) throws(CheckpointError) in
         try rows?.write(checksums, of: manifest, to: file)
       }
@@ -71,7 +71,7 @@ public enum HDF5: CheckpointFormat {
     do throws(HDF5Failure) {
       return try HDF5Library.withLock { () throws(HDF5Failure) in
         var writer = try HDF5Writer(pending.temporaryPath)
-        let rows = try writer.writeMetadata(of: manifest, options.checksums)
+        let rows = try writer.writeMetadata(of: manifest, options.checksums ?? .xxh3)
         var offsets: [Int?] = []
         for (tensor, path) in zip(manifest.tensors, paths) {
           do throws(HDF5Failure) {
