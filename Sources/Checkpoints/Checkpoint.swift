@@ -13,6 +13,10 @@ public protocol TensorSource: Sendable {
   func read(_ tensor: TensorInfo, at offset: Int, into buffer: inout MutableRawSpan)
     throws(CheckpointError)
 
+  /// - Throws: if a file was written to since it was opened: what was read of it may be a
+  ///   mixture.
+  func checkUnchanged() throws(CheckpointError)
+
   /// Writes these tensors to the tensors of `sink` with the same names, byte for byte; a source
   /// that has checksums of whole tensors verifies them.
   func copy(_ tensors: [TensorInfo], into sink: any TensorSink, workers: Int) throws
@@ -27,6 +31,8 @@ public protocol TensorSource: Sendable {
 
 extension TensorSource {
   public var warnings: [String] { [] }
+
+  public func checkUnchanged() throws(CheckpointError) {}
 
   public func recordedChecksum(of tensor: TensorInfo) -> TensorChecksum? { nil }
 
@@ -139,8 +145,9 @@ public protocol CheckpointFormat: SendableMetatype {
 
 /// How a checkpoint is written, beside what it holds. A format takes what concerns it.
 public struct WritingOptions: Sendable {
-  /// What is recorded of every tensor, to find damage later.
-  public var checksums: TensorChecksum.Algorithm? = .xxh3
+  /// What is recorded of every tensor, to find damage later. If it is not said, that is the fast
+  /// checksum, or what a safetensors header has that is kept as it is.
+  public var checksums: TensorChecksum.Algorithm?
   /// Where HDF5's datasets go.
   public var layout: HDF5.Layout
   /// For HDF5 and numpy archives, which are otherwise not compressed.
@@ -155,6 +162,16 @@ public struct WritingOptions: Sendable {
   public init(layout: HDF5.Layout = .flat, compression: HDF5.Compression? = nil) {
     self.layout = layout
     self.compression = compression
+  }
+}
+
+extension WritingOptions {
+  /// For formats whose checksums are what they are.
+  func refuseSHA256(in path: String, whichRecords checksum: String) throws(CheckpointError) {
+    guard checksums != .sha256 else {
+      throw CheckpointError(
+        file: path, "records \(checksum) of its own; --sha256 is for safetensors and HDF5")
+    }
   }
 }
 

@@ -8,16 +8,27 @@ extension TensorSource {
   }
 
   /// Memory is `workers` pieces of 4 MiB, whatever the tensors' sizes.
+  /// - Throws: before the sink has been finished, if a tensor does not have its recorded checksum
+  ///   or the source was changed meanwhile.
   public func copy(_ tensors: [TensorInfo], into sink: any TensorSink, workers: Int) throws {
-    let pieces = Pieces(of: tensors, size: 4 << 20)
+    let originals = try tensors.map { try tensor($0.name) }
+    let comparison = ChecksumComparison(originals, of: self)
+    let pieces = Pieces(of: tensors, size: 4 * TensorChecksum.blockSize)
     try forEachStep(count: pieces.count, workers: workers) {
       Buffer(byteCount: pieces.largest)
     } body: { step, buffer in
       let (tensor, range) = pieces[step]
       var piece = buffer.first(range.count)
-      try read(self.tensor(tensor.name), at: range.lowerBound, into: &piece)
+      let position = pieces.position(ofTensorWith: step)
+      try read(originals[position], at: range.lowerBound, into: &piece)
+      comparison.add(piece.bytes, ofTensorAt: position, from: range.lowerBound)
       try sink.write(piece.bytes, of: tensor, at: range.lowerBound)
     }
+    try checkUnchanged()
+    guard let damaged = comparison.damaged.first else { return }
+    throw CheckpointError(
+      file: path, tensor: damaged.name, "is not what was written: its checksum differs",
+      remedy: "get it again; 'smelt verify --data' lists what is damaged")
   }
 }
 
@@ -40,6 +51,13 @@ struct Pieces: Sendable {
   var largest: Int { min(size, tensors.map { $0.byteCount }.max() ?? 0) }
 
   subscript(piece: Int) -> (tensor: TensorInfo, range: Range<Int>) {
+    let position = position(ofTensorWith: piece)
+    let begin = (piece - starts[position]) * size
+    return (tensors[position], begin..<min(begin + size, tensors[position].byteCount))
+  }
+
+  /// Where the tensor that this is a piece of stands in the list.
+  func position(ofTensorWith piece: Int) -> Int {
     // The last tensor that starts at or before the piece; empty tensors have no piece.
     var low = 0
     var high = tensors.count
@@ -47,7 +65,6 @@ struct Pieces: Sendable {
       let middle = (low + high) / 2
       if starts[middle] <= piece { low = middle } else { high = middle }
     }
-    let begin = (piece - starts[low]) * size
-    return (tensors[low], begin..<min(begin + size, tensors[low].byteCount))
+    return low
   }
 }

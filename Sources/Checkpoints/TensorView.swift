@@ -90,6 +90,8 @@ struct TensorView: TensorSource {
     }
   }
 
+  func checkUnchanged() throws(CheckpointError) { try source.checkUnchanged() }
+
   func recordedChecksum(of tensor: TensorInfo) -> TensorChecksum? {
     let original = originals[manifest.position(of: tensor.name)!]
     return original.dtype == tensor.dtype ? source.recordedChecksum(of: original) : nil

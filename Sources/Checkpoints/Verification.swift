@@ -27,10 +27,7 @@ extension TensorSource {
   /// - Throws: what cannot be read.
   public func verifyData(workers: Int) throws -> Verification {
     let tensors = manifest.tensors
-    let recorders = TensorChecksum.Algorithm.allCases.map { algorithm in
-      (algorithm, ChecksumRecorder(tensors, algorithm))
-    }
-    let recorded = tensors.map { recordedChecksum(of: $0) }
+    let comparison = ChecksumComparison(tensors, of: self)
     // Whole blocks, so that every block is hashed as it passes.
     let pieces = Pieces(of: tensors, size: 4 * TensorChecksum.blockSize)
     try forEachStep(count: pieces.count, workers: workers) {
@@ -39,22 +36,50 @@ extension TensorSource {
       let (tensor, range) = pieces[step]
       var piece = buffer.first(range.count)
       try read(tensor, at: range.lowerBound, into: &piece)
-      let position = manifest.position(of: tensor.name)!
-      for (algorithm, recorder) in recorders where recorded[position]?.algorithm == algorithm {
-        recorder.add(piece.bytes, ofTensorAt: position, from: range.lowerBound)
-      }
+      comparison.add(
+        piece.bytes, ofTensorAt: pieces.position(ofTensorWith: step), from: range.lowerBound)
     }
-    var damaged: [TensorInfo] = []
-    for (algorithm, recorder) in recorders
-    where recorded.contains(where: { $0?.algorithm == algorithm }) {
-      let found = recorder.finishUnread()
-      for (position, tensor) in tensors.enumerated()
-      where recorded[position]?.algorithm == algorithm && recorded[position] != found[position] {
-        damaged.append(tensor)
-      }
-    }
-    let unrecorded = tensors.indices.filter { recorded[$0] == nil }.map { tensors[$0] }
+    let unrecorded = comparison.unrecorded
     return Verification(
-      damaged: damaged, checkedCount: tensors.count - unrecorded.count, unrecorded: unrecorded)
+      damaged: comparison.damaged, checkedCount: tensors.count - unrecorded.count,
+      unrecorded: unrecorded)
+  }
+}
+
+/// Compares tensors with their recorded checksums while they pass by in whole blocks.
+struct ChecksumComparison: Sendable {
+  private let tensors: [TensorInfo]
+  private let recorded: [TensorChecksum?]
+  /// One for each algorithm that was used.
+  private let recorders: [ChecksumRecorder]
+
+  init(_ tensors: [TensorInfo], of source: some TensorSource) {
+    let recorded = tensors.map { source.recordedChecksum(of: $0) }
+    self.tensors = tensors
+    self.recorded = recorded
+    recorders = TensorChecksum.Algorithm.allCases.filter { algorithm in
+      recorded.contains { $0?.algorithm == algorithm }
+    }.map { ChecksumRecorder(tensors, $0) }
+  }
+
+  /// Takes note of bytes that begin and end with a block or the tensor.
+  func add(_ bytes: RawSpan, ofTensorAt position: Int, from offset: Int) {
+    for recorder in recorders where recorder.algorithm == recorded[position]?.algorithm {
+      recorder.add(bytes, ofTensorAt: position, from: offset)
+    }
+  }
+
+  /// The tensors, of which all bytes have passed, that do not have their checksums.
+  var damaged: [TensorInfo] {
+    let found = recorders.map { $0.finishUnread() }
+    return tensors.indices.filter { position in
+      guard let checksum = recorded[position] else { return false }
+      return found.first { $0.algorithm == checksum.algorithm }![position] != checksum
+    }.map { tensors[$0] }
+  }
+
+  /// The tensors without a recorded checksum.
+  var unrecorded: [TensorInfo] {
+    tensors.indices.filter { recorded[$0] == nil }.map { tensors[$0] }
   }
 }

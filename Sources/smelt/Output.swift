@@ -65,7 +65,7 @@ struct OutputArguments: ParsableArguments {
   /// - Parameter original: the model whose side files a folder gets.
   func options(sideFilesOf original: String?) -> WritingOptions {
     var options = WritingOptions(layout: layout ?? .flat, compression: compress)
-    options.checksums = sha256 ? .sha256 : .xxh3
+    options.checksums = sha256 ? .sha256 : nil
     options.shardSize = maxShardSize?.bytes ?? ModelFolder.defaultShardSize
     options.sideFilesOf = original
     options.isReplacing = force

@@ -130,6 +130,88 @@ import Testing
     }
   }
 
+  @Test(arguments: ["copy.safetensors", "copy.h5", "copy.npz", "copy/"])
+  func `damage is refused when it would be copied`(output: String) throws {
+    let folder = try TemporaryFolder()
+    let file = folder("model.safetensors")
+    try write(
+      [
+        TensorInfo(name: "a", dtype: .u8, shape: [3]): [1, 2, 3],
+        TensorInfo(name: "b", dtype: .f16, shape: [2]): [4, 5, 6, 7],
+      ], to: file)
+    var bytes = try Data(contentsOf: URL(filePath: file))
+    bytes[bytes.count - 1] ^= 1
+    try bytes.write(to: URL(filePath: file))
+    let error = try #require(throws: CheckpointError.self) {
+      try Checkpoint.write(Checkpoint.open(file), to: folder(output))
+    }
+    #expect(
+      error.description
+        == "\(file): tensor \"a\": is not what was written: its checksum differs; "
+        + "get it again; 'smelt verify --data' lists what is damaged")
+    #expect(try folder.names == ["model.safetensors"])
+  }
+
+  @Test(arguments: ["model.safetensors", "model.h5", "model.npz", "model.safetensors.zst"])
+  func `a file that is written to while it is copied is refused`(name: String) throws {
+    let folder = try TemporaryFolder()
+    let contents = try tensors()
+    let sink = try Checkpoint.create(
+      folder(name), Manifest(contents.keys.sorted { $0.name < $1.name }))
+    for (tensor, bytes) in contents { try sink.write(bytes.span.bytes, of: tensor, at: 0) }
+    try sink.finish()
+    let source = try Checkpoint.open(folder(name))
+    try source.checkUnchanged()
+    // The same bytes again, but later: what was read in between is anyone's guess.
+    try FileManager.default.setAttributes(
+      [.modificationDate: Date(timeIntervalSince1970: 1e9)], ofItemAtPath: folder(name))
+    let error = try #require(throws: CheckpointError.self) {
+      try Checkpoint.write(source, to: folder("copy.h5"))
+    }
+    #expect(
+      error.description
+        == "\(folder(name)): was changed while it was being read; "
+        + "try again when nothing writes to it")
+    #expect(try folder.names == [name])
+  }
+
+  @Test(arguments: ["copy.safetensors", "copy.h5", "copy/"])
+  func `sha256 is recorded where it is asked for, whatever the header`(output: String) throws {
+    let folder = try TemporaryFolder()
+    let file = folder("model.safetensors")
+    let tensor = try TensorInfo(name: "a", dtype: .u8, shape: [3])
+    try write([tensor: [1, 2, 3]], to: file)
+    #expect(try Safetensors.open(file).recordedChecksum(of: tensor)?.algorithm == .xxh3)
+    var options = WritingOptions()
+    options.checksums = .sha256
+    try Checkpoint.write(Checkpoint.open(file), to: folder(output), options)
+    let copy = try Checkpoint.open(folder(output))
+    #expect(copy.recordedChecksum(of: tensor)?.algorithm == .sha256)
+    #expect(try copy.verifyData(workers: 2).isSound)
+    // Not asked for: the header stays, so that the same tensors give the same file.
+    try Checkpoint.write(Checkpoint.open(file), to: folder("again.safetensors"))
+    let files = try [file, folder("again.safetensors")].map {
+      try Data(contentsOf: URL(filePath: $0))
+    }
+    #expect(files[0] == files[1])
+  }
+
+  @Test(arguments: [("copy.npz", "CRC-32"), ("copy.safetensors.zst", "XXH3")])
+  func `sha256 is refused where it cannot be recorded`(output: String, checksum: String) throws {
+    let folder = try TemporaryFolder()
+    let tensor = try TensorInfo(name: "a", dtype: .u8, shape: [3])
+    try write([tensor: [1, 2, 3]], to: folder("model.safetensors"))
+    var options = WritingOptions()
+    options.checksums = .sha256
+    let error = try #require(throws: CheckpointError.self) {
+      try Checkpoint.write(
+        Checkpoint.open(folder("model.safetensors")), to: folder(output), options)
+    }
+    #expect(
+      error.problem == "records \(checksum) of its own; --sha256 is for safetensors and HDF5")
+    #expect(try folder.names == ["model.safetensors"])
+  }
+
   @Test func `a carried header's checksums become those of the new data`() throws {
     let folder = try TemporaryFolder()
     let tensor = try TensorInfo(name: "a", dtype: .u8, shape: [3])

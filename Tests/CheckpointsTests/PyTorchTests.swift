@@ -147,6 +147,13 @@ import Testing
       + [0x89] + text("}tRs.")
   }
 
+  /// The pickle of `{name: [None, …]}`: each element's name begins with the key.
+  private static func shared(name: Int, count: Int) -> [UInt8] {
+    text("}X") + withUnsafeBytes(of: UInt32(name)) { Array($0) }
+      + [UInt8](repeating: UInt8(ascii: "n"), count: name) + text("(")
+      + [UInt8](repeating: UInt8(ascii: "N"), count: count) + text("ls.")
+  }
+
   @Test func `a call of anything else is refused by name and not run`() throws {
     let folder = try TemporaryFolder()
     let command = "touch \(folder("owned"))"
@@ -268,6 +275,23 @@ import Testing
       "a shape bomb",
       tensor(count: 4, offset: 0, shape: [.max, .max, 1], strides: [0, 0, 0]),
       #"tensor "t": has a shape too large to count its bytes"#
+    ),
+    .init(
+      "a tensor of 65 dimensions",
+      tensor(
+        count: 4, offset: 0, shape: .init(repeating: 1, count: 65),
+        strides: .init(repeating: 1, count: 65)),
+      "has a malformed pickle: a tensor has 65 dimensions at byte 760"
+    ),
+    .init(
+      "a name that many tensors share", shared(name: 100_000, count: 3),
+      "has a pickle with names too long: \"\(String(repeating: "n", count: 200))…\"; "
+        + "it is damaged, or made to do harm"
+    ),
+    .init(
+      "a long name that many tensors share", shared(name: 60_000, count: 5000),
+      "has a pickle with names too long: \"\(String(repeating: "n", count: 200))…\"; "
+        + "it is damaged, or made to do harm"
     ),
     .init(
       "a repetition bomb", tensor(count: 4, offset: 0, shape: [1 << 30], strides: [0]),

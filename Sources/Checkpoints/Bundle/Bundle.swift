@@ -20,12 +20,14 @@ public enum Bundle: CheckpointFormat {
   public static func create(_ path: String, _ manifest: Manifest, _ options: WritingOptions)
     throws(CheckpointError) -> any TensorSink
   {
-    try StagedSink(path, manifest)
+    try options.refuseSHA256(in: path, whichRecords: "XXH3")
+    return try StagedSink(path, manifest)
   }
 
   public static func write(
     _ source: any TensorSource, to path: String, _ options: WritingOptions, workers: Int
   ) throws {
+    try options.refuseSHA256(in: path, whichRecords: "XXH3")
     try pack(source, to: path, workers: workers)
   }
 }

@@ -65,6 +65,8 @@ public final class BundleSource: TensorSource {
     }
   }
 
+  public func checkUnchanged() throws(CheckpointError) { try file.frames.checkUnchanged() }
+
   /// Decodes every tensor and compares it with its checksum.
   public func verify(workers: Int = 2) throws {
     try forEachVerifiedPiece(of: manifest.tensors, workers: workers) { _, _, _ in }
@@ -83,6 +85,7 @@ public final class BundleSource: TensorSource {
     try forEachVerifiedPiece(of: tensors, workers: workers) { (tensor, offset, bytes) in
       try sink.write(bytes, of: tensor, at: offset)
     }
+    try checkUnchanged()
   }
 
   private func forEachVerifiedPiece(

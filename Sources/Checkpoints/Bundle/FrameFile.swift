@@ -9,9 +9,11 @@ final class FrameFile: Sendable {
   /// How many bytes have been read from the file.
   let bytesRead = Atomic<Int>(0)
   private let file: File
+  private let stamp: FileStamp
 
   init(_ path: String) throws(CheckpointError) {
     file = try File(reading: path)
+    stamp = try FileStamp(file)
     self.path = path
     var table = try SeekTable(file)
     let last = table.count > 0 ? table.removeLast() : (range: 0..<0, content: 0)
@@ -26,6 +28,8 @@ final class FrameFile: Sendable {
     self.table = table
     self.checksums = checksums
   }
+
+  func checkUnchanged() throws(CheckpointError) { try file.checkUnchanged(since: stamp) }
 
   /// Fills `content` with what frame `index` holds, verified.
   /// - Precondition: `scratch` has room for `ZstdFrame.largest` bytes.

@@ -143,6 +143,35 @@ public struct File: ~Copyable, Sendable {
   }
 }
 
+/// What tells whether a file is still what it was: it is another file, or it was written to.
+struct FileStamp: Equatable, Sendable {
+  private let device: UInt
+  private let inode: UInt
+  private let size: Int
+  private let seconds: Int
+  private let nanoseconds: Int
+
+  init(_ file: borrowing File) throws(CheckpointError) {
+    let status = try file.status()
+    device = UInt(status.st_dev)
+    inode = UInt(status.st_ino)
+    size = Int(status.st_size)
+    seconds = status.st_mtim.tv_sec
+    nanoseconds = status.st_mtim.tv_nsec
+  }
+}
+
+extension File {
+  /// - Throws: if the file was written to since it had this stamp, or is another.
+  func checkUnchanged(since stamp: FileStamp) throws(CheckpointError) {
+    guard try FileStamp(self) == stamp else {
+      throw CheckpointError(
+        file: path, "was changed while it was being read",
+        remedy: "try again when nothing writes to it")
+    }
+  }
+}
+
 /// Whether two paths lead to the same file; a path that leads nowhere is no file's.
 public func isSameFile(_ one: String, _ other: String) throws(CheckpointError) -> Bool {
   var statuses = [stat(), stat()]

@@ -31,6 +31,8 @@ final class FlatSource: TensorSource {
     try file.read(at: offsets[manifest.position(of: tensor.name)!] + offset, into: &buffer)
   }
 
+  func checkUnchanged() throws(CheckpointError) { try file.checkUnchanged() }
+
   func recordedChecksum(of tensor: TensorInfo) -> TensorChecksum? {
     checksums?[manifest.position(of: tensor.name)!]
   }

@@ -5,6 +5,7 @@ final class MappedFile: @unchecked Sendable {
   let path: String
   let size: Int
   private let file: File
+  private let stamp: FileStamp
   private let base: UnsafeMutableRawPointer?
 
   convenience init(_ path: String) throws(CheckpointError) {
@@ -15,6 +16,7 @@ final class MappedFile: @unchecked Sendable {
   init(_ file: consuming File, path: String) throws(CheckpointError) {
     self.file = file
     self.path = path
+    stamp = try FileStamp(self.file)
     size = try self.file.size()
     // An empty file cannot be mapped; there is nothing in it to read either.
     guard size > 0 else { base = nil; return }
@@ -85,6 +87,8 @@ final class MappedFile: @unchecked Sendable {
     try read(at: offset, into: &raw)
     return bytes
   }
+
+  func checkUnchanged() throws(CheckpointError) { try file.checkUnchanged(since: stamp) }
 
   func dropCache(at offset: Int, count: Int) { file.dropCache(at: offset, count: count) }
 }

@@ -19,7 +19,11 @@ public enum HDF5: CheckpointFormat {
   }
 
   public static func open(_ path: String) throws(CheckpointError) -> any TensorSource {
-    try source(inventory(path), path)
+    let before = try FileStamp(File(reading: path))
+    let source = try source(inventory(path), path)
+    // The library read it under its own handle.
+    try File(reading: path).checkUnchanged(since: before)
+    return source
   }
 
   /// The tensors that an inventory names, once it has been proven right.
@@ -48,7 +52,7 @@ public enum HDF5: CheckpointFormat {
       let file = try pending.open()
       try file.preallocate(file.size())
       return try FlatSink(
-        pending, manifest, offsets: offsets.map { $0! }, checksums: options.checksums
+        pending, manifest, offsets: offsets.map { $0! }, checksums: options.checksums ?? .xxh3
       ) { (file, checksums) throws(CheckpointError) in
         try rows?.write(checksums, of: manifest, to: file)
       }
@@ -67,7 +71,7 @@ public enum HDF5: CheckpointFormat {
     do throws(HDF5Failure) {
       return try HDF5Library.withLock { () throws(HDF5Failure) in
         var writer = try HDF5Writer(pending.temporaryPath)
-        let rows = try writer.writeMetadata(of: manifest, options.checksums)
+        let rows = try writer.writeMetadata(of: manifest, options.checksums ?? .xxh3)
         var offsets: [Int?] = []
         for (tensor, path) in zip(manifest.tensors, paths) {
           do throws(HDF5Failure) {

@@ -5,6 +5,7 @@ final class HDF5Source: TensorSource {
   let path: String
   private let contents: HDF5.Contents
   private let file: File
+  private let stamp: FileStamp
   private let recent = Mutex(RecentChunks())
   private let idle = Mutex<[ChunkDecoder]>([])
 
@@ -12,9 +13,12 @@ final class HDF5Source: TensorSource {
     self.path = path
     self.contents = contents
     self.file = try File(reading: path)
+    self.stamp = try FileStamp(file)
   }
 
   var manifest: Manifest { contents.manifest }
+
+  func checkUnchanged() throws(CheckpointError) { try file.checkUnchanged(since: stamp) }
 
   func recordedChecksum(of tensor: TensorInfo) -> TensorChecksum? {
     contents.checksums?[manifest.position(of: tensor.name)!]

@@ -66,7 +66,8 @@ extension ModelFolder {
   {
     try create(
       path, manifest, shardSize: options.shardSize, sideFilesOf: options.sideFilesOf,
-      replacing: options.isReplacing, checksums: options.checksums)
+      replacing: options.isReplacing, checksums: options.checksums ?? .xxh3,
+      keepsHeader: options.checksums == nil)
   }
 
   /// Begins a folder of safetensors files of at most `shardSize` bytes of tensors each.
@@ -82,7 +83,7 @@ extension ModelFolder {
     _ path: String, _ manifest: Manifest, shardSize: Int = defaultShardSize,
     sideFilesOf original: String? = nil, files smallFiles: [String: [UInt8]] = [:],
     replacing isReplacing: Bool = false,
-    checksums: TensorChecksum.Algorithm? = .xxh3
+    checksums: TensorChecksum.Algorithm? = .xxh3, keepsHeader: Bool = true
   ) throws(CheckpointError) -> any TensorSink {
     precondition(shardSize > 0)
     var shards: [[TensorInfo]] = [[]]
@@ -112,7 +113,9 @@ extension ModelFolder {
         safetensorsHeader: shards.count == 1 ? manifest.safetensorsHeader : nil)
       do {
         sinks.append(
-          try Safetensors.create("\(folder.temporaryPath)/\(file)", part, checksums: checksums))
+          try Safetensors.create(
+            "\(folder.temporaryPath)/\(file)", part, checksums: checksums,
+            keepsHeader: keepsHeader))
       } catch { throw error.moved(to: "\(folder.destination)/\(file)") }
     }
     return FolderSink(

@@ -86,6 +86,10 @@ final class ShardedSource: TensorSource {
     try shards[places[manifest.position(of: tensor.name)!]].read(tensor, at: offset, into: &buffer)
   }
 
+  func checkUnchanged() throws(CheckpointError) {
+    for shard in shards { try shard.checkUnchanged() }
+  }
+
   func recordedChecksum(of tensor: TensorInfo) -> TensorChecksum? {
     shards[places[manifest.position(of: tensor.name)!]].recordedChecksum(of: tensor)
   }

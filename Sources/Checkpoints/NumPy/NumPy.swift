@@ -24,7 +24,8 @@ public enum NumPy: CheckpointFormat {
   public static func create(_ path: String, _ manifest: Manifest, _ options: WritingOptions)
     throws(CheckpointError) -> any TensorSink
   {
-    try create(path, manifest, isCompressed: options.compression != nil)
+    try options.refuseSHA256(in: path, whichRecords: "CRC-32")
+    return try create(path, manifest, isCompressed: options.compression != nil)
   }
 
   /// Begins an archive, which `numpy.savez` or `numpy.savez_compressed` could have written.
@@ -170,6 +171,8 @@ private final class NumPySource: TensorSource {
     else { return nil }
     return info
   }
+
+  func checkUnchanged() throws(CheckpointError) { try archive.file.checkUnchanged() }
 
   func read(_ tensor: TensorInfo, at offset: Int, into buffer: inout MutableRawSpan)
     throws(CheckpointError)

@@ -146,6 +146,8 @@ private final class PyTorchSource: TensorSource {
     )
   }
 
+  func checkUnchanged() throws(CheckpointError) { try file.checkUnchanged() }
+
   func read(_ tensor: TensorInfo, at offset: Int, into buffer: inout MutableRawSpan)
     throws(CheckpointError)
   {
@@ -163,6 +165,9 @@ private final class PyTorchSource: TensorSource {
 extension Unpickler {
   /// Deeper than any checkpoint of names is nested.
   private static let deepest = 32
+  /// Bytes of one name, and of all.
+  private static let longestName = 64 << 10
+  private static let mostNameBytes = 256 << 20
 
   /// The tensors by name: keys of nested dictionaries and numbers in lists joined by dots.
   /// - Returns: also how many other values there are.
@@ -174,10 +179,18 @@ extension Unpickler {
     // Shared containers are visited again; a hostile file could make that exponential.
     var visits = 1000
     for container in containers { visits += 4 * container.count }
+    // So are names: each tensor under a shared long key would have it again.
+    var nameBytes = 0
     func visit(_ value: Value, _ name: String, depth: Int) throws(CheckpointError) {
       visits -= 1
       guard depth < Self.deepest, visits > 0 else {
         throw CheckpointError(file: file, "has a pickle of objects nested too deeply")
+      }
+      nameBytes += name.utf8.count
+      guard name.utf8.count <= Self.longestName, nameBytes <= Self.mostNameBytes else {
+        throw CheckpointError(
+          file: file, "has a pickle with names too long: \(quoted(name))",
+          remedy: "it is damaged, or made to do harm")
       }
       func joined(_ part: String) -> String { depth == 0 ? part : name + "." + part }
       switch value {

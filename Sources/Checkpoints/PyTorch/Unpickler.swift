@@ -58,6 +58,12 @@ struct Unpickler {
 
   /// As much as a million tensors need; each takes a byte or more of a hostile file.
   private static let mostObjects = 8_000_000
+  /// What a million tensors of two dimensions need.
+  private static let mostTaken = 4_000_000
+  /// PyTorch's own limit is about this.
+  private static let mostDimensions = 64
+  /// How many values have been taken out of containers, which a hostile file could share.
+  private var takenCount = 0
 
   init(_ bytes: [UInt8], file: String) {
     self.bytes = LittleEndianReader(bytes, file: file, subject: "its pickle")
@@ -288,8 +294,17 @@ struct Unpickler {
     }
   }
 
-  private func naturals(_ value: Value) throws(CheckpointError) -> [Int] {
+  private mutating func take(_ count: Int) throws(CheckpointError) {
+    takenCount += count
+    guard takenCount < Unpickler.mostTaken else { throw malformed("too many objects") }
+  }
+
+  private mutating func naturals(_ value: Value) throws(CheckpointError) -> [Int] {
     guard let elements = elements(value) else { throw malformed("a shape is no tuple") }
+    guard elements.count <= Unpickler.mostDimensions else {
+      throw malformed("a tensor has \(elements.count) dimensions")
+    }
+    try take(elements.count)
     var numbers: [Int] = []
     for element in elements { numbers.append(try natural(element)) }
     return numbers
@@ -319,7 +334,9 @@ struct Unpickler {
     switch name {
     case "collections.OrderedDict":
       try push(.dictionary([]))
-      for pair in arguments.first.flatMap({ elements($0) }) ?? [] {
+      let pairs = arguments.first.flatMap { elements($0) } ?? []
+      try take(pairs.count)
+      for pair in pairs {
         guard let item = elements(pair), item.count == 2 else {
           throw malformed("an OrderedDict has an item that is no pair")
         }

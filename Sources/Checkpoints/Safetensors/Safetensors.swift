@@ -25,17 +25,22 @@ public enum Safetensors: CheckpointFormat {
   public static func create(_ path: String, _ manifest: Manifest, _ options: WritingOptions)
     throws(CheckpointError) -> any TensorSink
   {
-    try create(path, manifest, checksums: options.checksums)
+    try create(
+      path, manifest, checksums: options.checksums ?? .xxh3, keepsHeader: options.checksums == nil)
   }
 
   /// Begins a file that records the checksums of its tensors, if it is to.
   ///
   /// A manifest's own header is kept as it is; if it has checksums, they become those of the
   /// tensors that are written: the same tensors give the same file.
+  /// - Parameter keepsHeader: false if the file is to have these checksums though the header
+  ///   has others or none.
   public static func create(
-    _ path: String, _ manifest: Manifest, checksums: TensorChecksum.Algorithm?
+    _ path: String, _ manifest: Manifest, checksums: TensorChecksum.Algorithm?,
+    keepsHeader: Bool = true
   ) throws(CheckpointError) -> any TensorSink {
-    let layout = try Layout(writing: manifest, checksums: checksums, path: path)
+    let layout = try Layout(
+      writing: manifest, checksums: checksums, keepsHeader: keepsHeader, path: path)
     let pending = try PendingFile(for: path)
     let file = try pending.open()
     do {

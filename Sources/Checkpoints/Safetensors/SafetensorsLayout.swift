@@ -261,12 +261,14 @@ extension Safetensors.Layout {
   /// Wider types come first, as the reference writer has it, so that every tensor is aligned;
   /// within a width the manifest's order stays.
   init(
-    writing manifest: Manifest, checksums algorithm: TensorChecksum.Algorithm? = nil, path: String
+    writing manifest: Manifest, checksums algorithm: TensorChecksum.Algorithm? = nil,
+    keepsHeader: Bool = true, path: String
   ) throws(CheckpointError) {
     if let header = manifest.safetensorsHeader,
       let original = try? Safetensors.Layout(
         parsing: header, fileSize: 8 + header.count + manifest.byteCount, path: path),
-      original.manifest.describesTheSame(as: manifest)
+      original.manifest.describesTheSame(as: manifest),
+      keepsHeader || original.checksums?.values.algorithm == algorithm
     {
       self = original
       return
