@@ -13,7 +13,9 @@ struct Inspect: ParsableCommand {
   var json = false
 
   func run() throws {
-    let manifest = try Checkpoint.open(path).manifest
+    let source = try Checkpoint.open(path)
+    source.warnings.forEach(note)
+    let manifest = source.manifest
     if json {
       try printJSON(manifest)
     } else {
