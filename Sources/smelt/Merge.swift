@@ -76,8 +76,9 @@ struct Merge: ParsableCommand {
         pieces, from: interrupted.leftovers(), into: sink, journal: journal)
       finished = salvaged.chunks
       note("took over \(ByteSize(bytes: salvaged.bytes)) that the interrupted merge had finished")
-      interrupted.removeLeftovers()
     }
+    // Also of a merge that was killed before it had finished a piece.
+    if resume { interrupted.removeLeftovers() }
     try merge(plan, cost, into: sink, journal: journal, finished: finished)
   }
 
