@@ -66,7 +66,7 @@ extension ModelFolder {
   {
     try create(
       path, manifest, shardSize: options.shardSize, sideFilesOf: options.sideFilesOf,
-      replacing: options.isReplacing, checksums: options.checksums)
+      files: options.files, replacing: options.isReplacing, checksums: options.checksums)
   }
 
   /// Begins a folder of safetensors files of at most `shardSize` bytes of tensors each.
