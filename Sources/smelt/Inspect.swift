@@ -15,8 +15,9 @@ struct Inspect: ParsableCommand {
 
   func run() throws {
     let source = try Checkpoint.open(path)
-    let manifest = source.manifest
+    source.warnings.forEach(note)
     if let warning = MixtureDescription.warning(of: source) { note(warning) }
+    let manifest = source.manifest
     if json {
       try printJSON(manifest)
     } else {

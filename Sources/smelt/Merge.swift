@@ -77,6 +77,7 @@ struct Merge: ParsableCommand {
       finished = salvaged.chunks
       note("took over \(ByteSize(bytes: salvaged.bytes)) that the interrupted merge had finished")
     }
+    // Also of a merge that was killed before it had finished a piece.
     if resume { interrupted.removeLeftovers() }
     try merge(plan, cost, into: sink, journal: journal, finished: finished)
   }

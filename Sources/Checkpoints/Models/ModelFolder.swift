@@ -66,8 +66,8 @@ extension ModelFolder {
   {
     try create(
       path, manifest, shardSize: options.shardSize, sideFilesOf: options.sideFilesOf,
-      replacing: options.isReplacing, checksums: options.checksums ?? .xxh3,
-      keepsHeader: options.checksums == nil)
+      files: options.files, replacing: options.isReplacing,
+      checksums: options.checksums ?? .xxh3, keepsHeader: options.checksums == nil)
   }
 
   /// Begins a folder of safetensors files of at most `shardSize` bytes of tensors each.
