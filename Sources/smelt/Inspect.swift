@@ -15,6 +15,7 @@ struct Inspect: ParsableCommand {
 
   func run() throws {
     let source = try Checkpoint.open(path)
+    source.warnings.forEach(note)
     let manifest = source.manifest
     if let warning = MixtureDescription.warning(of: source) { note(warning) }
     if json {
