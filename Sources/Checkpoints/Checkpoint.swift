@@ -154,8 +154,10 @@ public struct WritingOptions: Sendable {
   public var compression: HDF5.Compression?
   /// The most bytes of tensors in one file of a model's folder.
   public var shardSize = ModelFolder.defaultShardSize
-  /// The model's folder, or a file in it, whose other files a new folder gets.
+  /// The model's folder, or a file in it, whose side files a new folder gets.
   public var sideFilesOf: String?
+  /// Small files for a new folder, by name; they take the place of the original's.
+  public var files: [String: [UInt8]] = [:]
   /// Whether a folder that is there may go, with all its files.
   public var isReplacing = false
 

@@ -1,5 +1,6 @@
 import ArgumentParser
 import Checkpoints
+import Foundation
 
 struct Convert: ParsableCommand {
   static let configuration = CommandConfiguration(
@@ -59,10 +60,22 @@ struct Convert: ParsableCommand {
     let view = try self.view(of: source)
     let output = writing.path(output)
     try refuse(writing: output, overInputs: [input])
-    if output.hasSuffix("/") { try ModelFolder.sideFileWarnings(of: input).forEach(note) }
-    try Checkpoint.write(
-      view, to: output, writing.options(sideFilesOf: input), workers: resources.jobs)
+    var options = writing.options(sideFilesOf: input)
+    if output.hasSuffix("/") {
+      try ModelFolder.sideFileWarnings(of: input).forEach(note)
+      options.files = try configuration()
+    }
+    try Checkpoint.write(view, to: output, options, workers: resources.jobs)
     print("\(output): \(summary(of: view.manifest))")
+  }
+
+  /// The input's configuration with the weights' new type, if there is either.
+  private func configuration() throws -> [String: [UInt8]] {
+    let input = URL(filePath: input)
+    let folder = isFolder(input.path) ? input : input.deletingLastPathComponent()
+    let path = folder.appending(path: "config.json").path
+    guard let dtype, FileManager.default.fileExists(atPath: path) else { return [:] }
+    return ["config.json": Array(try readText(path).withConfiguredType(dtype.dtype).utf8)]
   }
 
   /// The source as the options want to see it.

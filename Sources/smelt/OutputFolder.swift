@@ -49,15 +49,8 @@ struct OutputFolder {
         text = text.replacingJSONValue(of: key, by: String(layers))
       }
     }
-    if let type = plan.recipe.outputType ?? plan.recipe.dtype {
-      let names: [DType: String] = [
-        .bf16: "bfloat16", .f16: "float16", .f32: "float32", .f64: "float64",
-      ]
-      for key in ["torch_dtype", "dtype"] {
-        text = text.replacingJSONValue(of: key, by: "\"\(names[type]!)\"")
-      }
-    }
-    return text
+    let type = plan.recipe.outputType ?? plan.recipe.dtype
+    return type.map(text.withConfiguredType) ?? text
   }
 
   // MARK: Tokenizer
@@ -137,15 +130,19 @@ struct OutputFolder {
   }
 
   private func exists(_ path: String) -> Bool { FileManager.default.fileExists(atPath: path) }
-
-  private func isFolder(_ path: String) -> Bool {
-    var isFolder: ObjCBool = false
-    return FileManager.default.fileExists(atPath: path, isDirectory: &isFolder)
-      && isFolder.boolValue
-  }
 }
 
 extension String {
+  /// A model's configuration that says its weights are of this type, if it says a type at all.
+  func withConfiguredType(_ type: DType) -> String {
+    let names: [DType: String] = [
+      .bf16: "bfloat16", .f16: "float16", .f32: "float32", .f64: "float64",
+    ]
+    return ["torch_dtype", "dtype"].reduce(self) {
+      $0.replacingJSONValue(of: $1, by: "\"\(names[type]!)\"")
+    }
+  }
+
   /// Replaces a number or a string that a JSON text has under this key, wherever that is.
   fileprivate func replacingJSONValue(of key: String, by value: String) -> String {
     let pattern = "(\"\(key)\"\\s*:\\s*)(\"[^\"]*\"|[0-9]+)"

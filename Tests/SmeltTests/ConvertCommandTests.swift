@@ -105,6 +105,31 @@ struct ConvertCommandTests {
     #expect(result.errors.contains(message), "\(result.errors)")
   }
 
+  @Test(arguments: ["model", "model/", "model/model.safetensors"])
+  func `the configuration says the new type`(input: String) throws {
+    #expect(try smelt("convert", folder("in.safetensors"), folder("model/")).code == 0)
+    let text = #"{"torch_dtype": "float32", "dtype":"float32", "hidden_size": 4}"#
+    try Data(text.utf8).write(to: URL(filePath: folder("model/config.json")))
+    for (options, expected) in [([], "float32"), (["--dtype", "BF16"], "bfloat16")] {
+      let result = try smelt(["convert", folder(input), folder("out/"), "--force"] + options)
+      #expect(result.code == 0, "\(result.errors)")
+      #expect(
+        try String(contentsOfFile: folder("out/config.json"), encoding: .utf8)
+          == text.replacing("float32", with: expected))
+    }
+  }
+
+  @Test func `inspect says what is odd`() throws {
+    try makeShards("sh")
+    try Data().write(to: URL(filePath: folder("sh/model-00009-of-00009.safetensors")))
+    let result = try smelt("inspect", folder("sh"))
+    #expect(result.code == 0)
+    #expect(
+      result.errors
+        == "smelt: \(folder("sh/model-00009-of-00009.safetensors")): left out: not in \(folder("sh/model.safetensors.index.json"))\n"
+    )
+  }
+
   // MARK: Outputs that are inputs
 
   /// A folder of two shards.

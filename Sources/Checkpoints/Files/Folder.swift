@@ -89,7 +89,7 @@ func listFolder(_ path: String) throws(CheckpointError) -> [String] {
 }
 
 /// Whether a path leads to a folder, itself or through symbolic links.
-func isFolder(_ path: String) -> Bool {
+public func isFolder(_ path: String) -> Bool {
   var status = stat()
   return stat(path, &status) == 0 && status.st_mode & S_IFMT == S_IFDIR
 }
