@@ -66,7 +66,7 @@ extension ModelFolder {
   {
     try create(
       path, manifest, shardSize: options.shardSize, sideFilesOf: options.sideFilesOf,
-      replacing: options.isReplacing, checksums: options.checksums ?? .xxh3,
+      files: options.files, replacing: options.isReplacing, checksums: options.checksums ?? .xxh3,
       keepsHeader: options.checksums == nil)
   }
 
