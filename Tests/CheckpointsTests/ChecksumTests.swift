@@ -252,6 +252,25 @@ import Testing
     }
   }
 
+  @Test(arguments: ["model.safetensors", "model.h5", "model.npz"])
+  func `an output that does not read back is not put in place`(name: String) throws {
+    let folder = try TemporaryFolder()
+    let tensor = try TensorInfo(name: "a", dtype: .u8, shape: [3])
+    let sink = try Checkpoint.create(folder(name), Manifest([tensor]))
+    try sink.write([1, 2, 3 as UInt8].span.bytes, of: tensor, at: 0)
+    // The disk loses the beginning; an archive's comes last, and a byte too many hides its end.
+    let partial = try #require(try folder.names.first)
+    let file = try File(updating: folder(partial))
+    if name.hasSuffix("npz") {
+      try file.write([UInt8](repeating: 0, count: 70_000).span.bytes, at: 1000)
+    } else {
+      try file.write([UInt8](repeating: 0, count: 16).span.bytes, at: 0)
+    }
+    let error = try #require(throws: CheckpointError.self) { try sink.finish() }
+    #expect(error.file == folder(name))
+    #expect(error.problem.hasPrefix("does not read back as it was written: "))
+  }
+
   @Test func `a carried header's checksums become those of the new data`() throws {
     let folder = try TemporaryFolder()
     let tensor = try TensorInfo(name: "a", dtype: .u8, shape: [3])
