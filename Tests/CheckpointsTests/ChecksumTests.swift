@@ -212,6 +212,65 @@ import Testing
     #expect(try folder.names == ["model.safetensors"])
   }
 
+  @Test func `a flipped byte of an npz array names it`() throws {
+    let folder = try TemporaryFolder()
+    let file = folder("model.npz")
+    let contents = try tensors()
+    let sink = try NumPy.create(file, Manifest(contents.keys.sorted { $0.name < $1.name }))
+    for (tensor, bytes) in contents { try sink.write(bytes.span.bytes, of: tensor, at: 0) }
+    try sink.finish()
+    let good = try Data(contentsOf: URL(filePath: file))
+    let sound = try #require(try Checkpoint.verify(file, data: true))
+    #expect(sound.isSound && sound.checkedCount == 3)
+    var bad = good
+    // In the midst of the large one, which fills the file.
+    bad[good.count / 2] ^= 0x10
+    try bad.write(to: URL(filePath: file))
+    let verification = try #require(try Checkpoint.verify(file, data: true))
+    #expect(verification.damaged.map { $0.name } == ["large"])
+  }
+
+  @Test func `every flipped byte of a PyTorch file's elements and pickle shows`() throws {
+    let folder = try TemporaryFolder()
+    let file = folder("model.bin")
+    let good = try Data(contentsOf: URL(filePath: fixture("pytorch/pytorch_model.bin")))
+    try good.write(to: URL(filePath: file))
+    let sound = try #require(try Checkpoint.verify(file, data: true))
+    #expect(sound.isSound && sound.checkedCount == 2)
+    let archive = try ZipArchive(file)
+    for entry in archive.entries where entry.name.contains("/data") {
+      let start = try archive.offset(of: entry)
+      for offset in start..<start + entry.size {
+        var bad = good
+        bad[offset] ^= 0x10
+        try bad.write(to: URL(filePath: folder("bad.bin")))
+        // What no longer opens shows too.
+        let verification = try? Checkpoint.verify(folder("bad.bin"), data: true)
+        #expect(verification?.isSound != true, "\(entry.name) at byte \(offset)")
+        if entry.name.contains("/data/") { #expect(verification?.damaged.count == 1) }
+      }
+    }
+  }
+
+  @Test(arguments: ["model.safetensors", "model.h5", "model.npz"])
+  func `an output that does not read back is not put in place`(name: String) throws {
+    let folder = try TemporaryFolder()
+    let tensor = try TensorInfo(name: "a", dtype: .u8, shape: [3])
+    let sink = try Checkpoint.create(folder(name), Manifest([tensor]))
+    try sink.write([1, 2, 3 as UInt8].span.bytes, of: tensor, at: 0)
+    // The disk loses the beginning; an archive's comes last, and a byte too many hides its end.
+    let partial = try #require(try folder.names.first)
+    let file = try File(updating: folder(partial))
+    if name.hasSuffix("npz") {
+      try file.write([UInt8](repeating: 0, count: 70_000).span.bytes, at: 1000)
+    } else {
+      try file.write([UInt8](repeating: 0, count: 16).span.bytes, at: 0)
+    }
+    let error = try #require(throws: CheckpointError.self) { try sink.finish() }
+    #expect(error.file == folder(name))
+    #expect(error.problem.hasPrefix("does not read back as it was written: "))
+  }
+
   @Test func `a carried header's checksums become those of the new data`() throws {
     let folder = try TemporaryFolder()
     let tensor = try TensorInfo(name: "a", dtype: .u8, shape: [3])

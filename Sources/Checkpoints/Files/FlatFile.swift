@@ -44,6 +44,9 @@ final class FlatSink: TensorSink {
   /// Puts the checksums of the manifest's tensors into the finished file.
   typealias Seal = @Sendable (borrowing File, TensorChecksums) throws(CheckpointError) -> Void
 
+  /// The reader of the file's format.
+  typealias Open = @Sendable (String) throws(CheckpointError) -> any TensorSource
+
   let manifest: Manifest
   private let offsets: [Int]
   private let pending: PendingFile
@@ -51,13 +54,16 @@ final class FlatSink: TensorSink {
   private let remaining: Atomic<Int>
   private let recorder: ChecksumRecorder?
   private let seal: Seal
+  private let open: Open
   private let isComplete = Atomic(false)
 
   /// Takes over a pending file whose header is already written.
-  /// - Parameter checksums: what to hash the tensors with on their way, for `seal`.
+  /// - Parameters:
+  ///   - checksums: what to hash the tensors with on their way, for `seal`.
+  ///   - open: the format's reader, to prove the file before it is moved to its place.
   init(
     _ pending: PendingFile, _ manifest: Manifest, offsets: [Int],
-    checksums: TensorChecksum.Algorithm? = nil,
+    checksums: TensorChecksum.Algorithm? = nil, open: @escaping Open,
     seal: @escaping Seal = { (_, _) throws(CheckpointError) in }
   ) throws(CheckpointError) {
     self.pending = pending
@@ -67,6 +73,7 @@ final class FlatSink: TensorSink {
     self.remaining = Atomic(manifest.byteCount)
     self.recorder = checksums.map { ChecksumRecorder(manifest.tensors, $0) }
     self.seal = seal
+    self.open = open
   }
 
   func write(_ bytes: RawSpan, of tensor: TensorInfo, at offset: Int) throws(CheckpointError) {
@@ -94,6 +101,7 @@ final class FlatSink: TensorSink {
       try seal(file, checksums)
     }
     try pending.complete()
+    try pending.prove(manifest, opening: open)
     isComplete.store(true, ordering: .relaxed)
   }
 

@@ -55,6 +55,26 @@ final class PendingFile: Sendable {
     }
   }
 
+  /// Opens the complete file as a reader would, and compares what it says it holds.
+  func prove(
+    _ manifest: Manifest, opening open: (String) throws(CheckpointError) -> any TensorSource
+  ) throws(CheckpointError) {
+    func failure(_ tensor: String?, _ problem: String) -> CheckpointError {
+      CheckpointError(
+        file: destination, tensor: tensor, problem, remedy: "check the disk that it is on")
+    }
+    let found: Manifest
+    do { found = try open(temporaryPath).manifest } catch {
+      throw failure(error.tensor, "does not read back as it was written: \(error.problem)")
+    }
+    for tensor in manifest.tensors where found[tensor.name] != tensor {
+      throw failure(tensor.name, "does not read back as it was written")
+    }
+    guard found.tensors.count == manifest.tensors.count else {
+      throw failure(nil, "reads back with tensors that were not written")
+    }
+  }
+
   func commit() throws(CheckpointError) {
     try complete()
     guard rename(temporaryPath, destination) == 0 else {

@@ -26,6 +26,11 @@ public enum HDF5: CheckpointFormat {
     return source
   }
 
+  /// Opens a file that this process has just written: it will not crash the library.
+  static func openOwn(_ path: String) throws(CheckpointError) -> any TensorSource {
+    try source(Inventory(reading: path), path)
+  }
+
   /// The tensors that an inventory names, once it has been proven right.
   static func source(_ inventory: Inventory, _ path: String) throws(CheckpointError)
     -> any TensorSource
@@ -52,7 +57,8 @@ public enum HDF5: CheckpointFormat {
       let file = try pending.open()
       try file.preallocate(file.size())
       return try FlatSink(
-        pending, manifest, offsets: offsets.map { $0! }, checksums: options.checksums ?? .xxh3
+        pending, manifest, offsets: offsets.map { $0! }, checksums: options.checksums ?? .xxh3,
+        open: { (path) throws(CheckpointError) in try openOwn(path) }
       ) { (file, checksums) throws(CheckpointError) in
         try rows?.write(checksums, of: manifest, to: file)
       }

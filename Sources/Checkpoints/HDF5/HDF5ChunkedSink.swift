@@ -114,6 +114,7 @@ final class HDF5ChunkedSink: TensorSink {
       try rows?.write(checksums, of: manifest, to: file)
     }
     try pending.complete()
+    try pending.prove(manifest) { (path) throws(CheckpointError) in try HDF5.openOwn(path) }
     isComplete.store(true, ordering: .relaxed)
   }
 

@@ -86,6 +86,25 @@ final class ShardedSource: TensorSource {
     try shards[places[manifest.position(of: tensor.name)!]].read(tensor, at: offset, into: &buffer)
   }
 
+  /// Each file knows best how to verify itself.
+  func verifyData(workers: Int) throws -> Verification {
+    var damaged = Set<ExactName>()
+    var unrecorded = Set<ExactName>()
+    for shard in shards {
+      let result = try shard.verifyData(workers: workers)
+      damaged.formUnion(result.damaged.map { ExactName($0.name) })
+      unrecorded.formUnion(result.unrecorded.map { ExactName($0.name) })
+    }
+    // A file may hold tensors that the index leaves out.
+    func tensors(_ names: Set<ExactName>) -> [TensorInfo] {
+      manifest.tensors.filter { names.contains(ExactName($0.name)) }
+    }
+    return Verification(
+      damaged: tensors(damaged),
+      checkedCount: manifest.tensors.count - tensors(unrecorded).count,
+      unrecorded: tensors(unrecorded))
+  }
+
   func checkUnchanged() throws(CheckpointError) {
     for shard in shards { try shard.checkUnchanged() }
   }

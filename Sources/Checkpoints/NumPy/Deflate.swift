@@ -1,5 +1,6 @@
 import CZlib
 import Glibc
+import Synchronization
 
 /// zlib's checksum of some bytes.
 func crc32(of bytes: RawSpan) -> UInt {
@@ -75,6 +76,52 @@ extension ZipArchive {
     return bytes
   }
 
+  /// Whether an entry has the checksum that was recorded of it; nil if none was: PyTorch can be
+  /// told to leave it out, and then writes 0.
+  func isSound(_ entry: Entry) throws(CheckpointError) -> Bool? {
+    var checksum: UInt = 0
+    if entry.isCompressed {
+      try inflate(entry) { (piece) throws(CheckpointError) in
+        checksum = crc32_combine(checksum, crc32(of: piece), piece.byteCount)
+        return true
+      }
+    } else {
+      let start = try offset(of: entry)
+      var buffer = Buffer(byteCount: min(4 << 20, entry.size))
+      for done in stride(from: 0, to: entry.size, by: 4 << 20) {
+        var piece = buffer.first(min(4 << 20, entry.size - done))
+        try file.read(at: start + done, into: &piece)
+        checksum = crc32_combine(checksum, crc32(of: piece.bytes), piece.byteCount)
+      }
+    }
+    if checksum == UInt(entry.checksum) { return true }
+    return entry.checksum == 0 ? nil : false
+  }
+
+  /// Reads the entries that tensors are in, and compares them with their checksums.
+  /// - Parameter entryOf: the entry of the tensor at this position of the list.
+  func verify(
+    _ tensors: [TensorInfo], workers: Int, in entryOf: @Sendable (Int) -> Entry
+  ) throws -> Verification {
+    // Tensors may share an entry, which is read once.
+    let positions = Dictionary(grouping: tensors.indices) { ExactName(entryOf($0).name) }
+      .values.sorted { $0[0] < $1[0] }
+    let sound = Mutex<[Bool?]>(.init(repeating: nil, count: tensors.count))
+    try forEachStep(count: positions.count, workers: workers) {
+    } body: { step, _ in
+      let isSound = try isSound(entryOf(positions[step][0]))
+      sound.withLock { sound in positions[step].forEach { sound[$0] = isSound } }
+    }
+    let results = sound.withLock { $0 }
+    func found(_ isSound: Bool?) -> [TensorInfo] {
+      tensors.indices.filter { results[$0] == isSound }.map { tensors[$0] }
+    }
+    let unrecorded = found(nil)
+    return Verification(
+      damaged: found(false), checkedCount: tensors.count - unrecorded.count,
+      unrecorded: unrecorded)
+  }
+
   /// Unpacks an entry into a temporary file without a name and checks its size and checksum.
   func unpack(_ entry: Entry) throws(CheckpointError) -> MappedFile {
     // Deflate cannot make more than 1032 bytes of one.
@@ -102,7 +149,7 @@ extension ZipArchive {
     return try MappedFile(target, path: path)
   }
 
-  private func damaged(_ entry: Entry, _ problem: String) -> CheckpointError {
+  func damaged(_ entry: Entry, _ problem: String) -> CheckpointError {
     CheckpointError(
       file: path, "its zip entry \(quoted(entry.name)) \(problem)",
       remedy: "the file is damaged: download it again")

@@ -172,6 +172,10 @@ private final class NumPySource: TensorSource {
     return info
   }
 
+  func verifyData(workers: Int) throws -> Verification {
+    try archive.verify(manifest.tensors, workers: workers) { [places] in places[$0].entry }
+  }
+
   func checkUnchanged() throws(CheckpointError) { try archive.file.checkUnchanged() }
 
   func read(_ tensor: TensorInfo, at offset: Int, into buffer: inout MutableRawSpan)

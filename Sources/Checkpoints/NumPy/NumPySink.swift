@@ -67,6 +67,7 @@ final class NumPySink: TensorSink {
     directory += ZipMember.end(count: members.count, directory.count, at: directoryOffset)
     try file.write(directory.span.bytes, at: directoryOffset)
     try pending.complete()
+    try pending.prove(manifest) { (path) throws(CheckpointError) in try NumPy.open(path) }
     isComplete.store(true, ordering: .relaxed)
   }
 
@@ -135,6 +136,7 @@ final class CompressedNumPySink: TensorSink {
     directory += ZipMember.end(count: manifest.tensors.count, directory.count, at: offset)
     try file.write(directory.span.bytes, at: offset)
     try pending.complete()
+    try pending.prove(manifest) { (path) throws(CheckpointError) in try NumPy.open(path) }
     isComplete.store(true, ordering: .relaxed)
   }
 

@@ -59,6 +59,7 @@ public enum PyTorch: CheckpointFormat {
 private final class PyTorchSource: TensorSource {
   /// Where a tensor's elements are.
   private struct View {
+    let entry: ZipArchive.Entry
     /// Where in the file its first element begins.
     let offset: Int
     let strides: [Int]
@@ -68,7 +69,9 @@ private final class PyTorchSource: TensorSource {
   let path: String
   let manifest: Manifest
   let warnings: [String]
-  private let file: MappedFile
+  private let archive: ZipArchive
+  private let pickle: ZipArchive.Entry
+  private var file: MappedFile { archive.file }
   private let views: [View]
 
   init(_ archive: ZipArchive, folder: String, _ pickle: Unpickler, _ root: Unpickler.Value)
@@ -87,7 +90,8 @@ private final class PyTorchSource: TensorSource {
       CheckpointError(file: archive.path, tensor: $0.name, "is there twice")
     }
     self.views = views
-    file = archive.file
+    self.archive = archive
+    self.pickle = archive[folder + "data.pkl"]!
     warnings = leftOut > 0 ? ["\(path): \(leftOut) values that are no tensors left out"] : []
   }
 
@@ -141,9 +145,18 @@ private final class PyTorchSource: TensorSource {
     return (
       info,
       View(
+        entry: entry,
         offset: info.elementCount == 0 ? start : start + tensor.offset * width,
         strides: tensor.strides, isContiguous: isContiguous || info.elementCount == 0)
     )
+  }
+
+  func verifyData(workers: Int) throws -> Verification {
+    // Which tensors there are, and where, is as good as the pickle.
+    guard try archive.isSound(pickle) != false else {
+      throw archive.damaged(pickle, "is not what its checksum was made of")
+    }
+    return try archive.verify(manifest.tensors, workers: workers) { [views] in views[$0].entry }
   }
 
   func checkUnchanged() throws(CheckpointError) { try file.checkUnchanged() }

@@ -51,7 +51,10 @@ public enum Safetensors: CheckpointFormat {
     }
     return try FlatSink(
       pending, layout.manifest, offsets: layout.offsets,
-      checksums: layout.checksums?.values.algorithm
+      checksums: layout.checksums?.values.algorithm,
+      open: { (path) throws(CheckpointError) in
+        try Safetensors.open(path)
+      }
     ) { (file, checksums) throws(CheckpointError) in
       let text = ChecksumText(checksums, at: layout.checksums!.offset)
       try file.write(text.bytes.span.bytes, at: text.offset)
