@@ -1,3 +1,4 @@
+import Dispatch
 import Glibc
 import Synchronization
 
@@ -111,8 +112,13 @@ enum Unfinished {
   static func add(_ path: String) { paths.withLock { _ = $0.insert(path) } }
   static func remove(_ path: String) { paths.withLock { _ = $0.remove(path) } }
 
+  /// Held while libhdf5 creates a file anew that is already on the list: between its being
+  /// removed and the end of the process it must not come back.
+  static let creation = DispatchSemaphore(value: 1)
+
   /// Removes every file that is still being written; for a command that was told to stop.
   static func abandonAll() {
+    creation.wait()
     paths.withLock { paths in paths.forEach { unlink($0) == 0 ? () : removeFolder($0) } }
   }
 }

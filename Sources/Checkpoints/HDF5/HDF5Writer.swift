@@ -1,4 +1,5 @@
 internal import CHDF5
+import Dispatch
 
 /// An HDF5 file that is being laid out: every dataset gets its place, none its bytes.
 struct HDF5Writer: ~Copyable {
@@ -23,6 +24,8 @@ struct HDF5Writer: ~Copyable {
     try HDF5Library.check(H5Pset_layout(contiguous.id, H5D_CONTIGUOUS))
     try HDF5Library.check(H5Pset_alloc_time(contiguous.id, H5D_ALLOC_TIME_EARLY))
     try HDF5Library.check(H5Pset_fill_time(contiguous.id, H5D_FILL_TIME_NEVER))
+    Unfinished.creation.wait()
+    defer { Unfinished.creation.signal() }
     let file = try HDF5Handle(
       H5Fcreate(path, smelt_h5_truncate(), fileCreation.id, access.id))
     self.attributes = try HDF5Attributes()
