@@ -101,7 +101,8 @@ class Written(Folder):
                 found = {}
 
                 def visit(name, node, found=found):
-                    if isinstance(node, h5py.Dataset) and name != "__metadata__/header":
+                    own = ("__metadata__/header", "__metadata__/checksums")
+                    if isinstance(node, h5py.Dataset) and name not in own:
                         found[node.attrs.get("safetensors_name", name)] = node
 
                 with h5py.File(path) as file:
