@@ -9,6 +9,7 @@ import os
 import shutil
 import statistics
 import subprocess
+import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,16 +27,37 @@ class Side:
         """Return the wall seconds and the peak resident bytes of one run."""
         for output in map(Path, self.outputs):
             shutil.rmtree(output) if output.is_dir() else output.unlink(missing_ok=True)
-        begin = time.perf_counter()
-        process = subprocess.Popen(
-            list(map(str, self.command)), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-        )
-        errors = process.stderr.read()
-        _, status, usage = os.wait4(process.pid, 0)
-        seconds = time.perf_counter() - begin
-        if status:
-            raise RuntimeError(f"{self.name} failed: {errors.decode()}")
-        return seconds, usage.ru_maxrss * 1024
+        with tempfile.TemporaryFile() as errors:
+            begin = time.perf_counter()
+            process = subprocess.Popen(
+                list(map(str, self.command)), stdout=subprocess.DEVNULL, stderr=errors
+            )
+            peak = 0
+            while process.poll() is None:
+                peak = max(peak, peak_resident(process.pid))
+                try:
+                    process.wait(0.005)
+                except subprocess.TimeoutExpired:
+                    pass
+            seconds = time.perf_counter() - begin
+            if process.returncode:
+                errors.seek(0)
+                raise RuntimeError(f"{self.name} failed: {errors.read().decode()}")
+        return seconds, peak
+
+
+def peak_resident(pid):
+    """Return the high-water mark of a running process's resident memory, in bytes.
+
+    Asked while it runs: what wait4 says of a child includes the memory of the Python that started it.
+    """
+    try:
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except (FileNotFoundError, ProcessLookupError):
+        pass
+    return 0
 
 
 @dataclass
