@@ -25,10 +25,7 @@ extension TensorSource {
       try sink.write(piece.bytes, of: tensor, at: range.lowerBound)
     }
     try checkUnchanged()
-    guard let damaged = comparison.damaged.first else { return }
-    throw CheckpointError(
-      file: path, tensor: damaged.name, "is not what was written: its checksum differs",
-      remedy: "get it again; 'smelt verify --data' lists what is damaged")
+    try comparison.refuseDamage(of: self)
   }
 }
 

@@ -54,6 +54,8 @@ import Testing
         "has a recipe that is malformed: has the unknown field \"color\""
       ),
       (#"{\#(w),"codec":"int8","group":0}"#, "has groups of 0 elements"),
+      (#"{\#(w),"codec":"lowrank","parts":["w","w"]}"#, "is of rank 2"),
+      (#"{\#(w),"codec":"lowrank"}"#, "is of rank 0"),
       (
         #"{"name":"w","dtype":"BF16","shape":[9000000000000000000],"xxh3":"0000000000000000","codec":"raw"}"#,
         "has a recipe that is malformed: its shape is too large or not of whole bytes"
@@ -115,6 +117,10 @@ import Testing
         == CheckpointError(
           file: path, tensor: "w", "does not have the checksum that was recorded",
           remedy: "the bundle is damaged: get it again"))
+    let some = try BundleSource(path).selecting { $0.name == "w" }
+    #expect(throws: CheckpointError.self) {
+      try Checkpoint.write(some, to: folder("out.safetensors"))
+    }
     // A seek table that claims a frame of 4 GB.
     var bytes = try contents(of: path)
     let last = bytes.count - 9 - 8 - 4
@@ -189,7 +195,7 @@ extension `A bundle from a stranger` {
     let near = Sample(
       "w.1", .bf16, [30], weights.bytes.enumerated().map { $0 % 16 == 0 ? $1 ^ 1 : $1 })
     let source = try writeSafetensors(
-      [weights, near, .pruned("s", .u16, [150], seed: 2)],
+      [weights, near, .pruned("s", .u16, [400], seed: 2)],
       to: folder("in.safetensors"))
     let path = folder("small.safetensors.zst")
     try Bundle.pack(source, to: path)

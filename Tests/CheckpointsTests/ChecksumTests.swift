@@ -130,7 +130,9 @@ import Testing
     }
   }
 
-  @Test(arguments: ["copy.safetensors", "copy.h5", "copy.npz", "copy/"])
+  @Test(arguments: [
+    "copy.safetensors", "copy.h5", "copy.npz", "copy/", "copy.safetensors.zst",
+  ])
   func `damage is refused when it would be copied`(output: String) throws {
     let folder = try TemporaryFolder()
     let file = folder("model.safetensors")

@@ -1,6 +1,8 @@
 /// A bundle before it is written: every tensor has been looked at and the layout is known.
 struct Packing: Sendable {
   let path: String
+  /// Where the factors of low-rank tensors wait.
+  let factors: FactorFile?
   var tensors: [Planned] = []
   /// All streams, in the order of the file.
   var streams: [Stream] = []
@@ -59,16 +61,17 @@ struct Packing: Sendable {
 
   init(
     _ models: [(name: String, source: any TensorSource)], against base: (any TensorSource)?,
-    _ path: String, lossy: Codec?, workers: Int
+    _ path: String, lossy: Bundle.Lossy?, workers: Int, memory: Int
   ) throws {
     self.path = path
+    factors = if case .lowRank = lossy { try FactorFile(for: path) } else { nil }
     for (name, source) in models {
       for tensor in source.manifest.tensors {
         let fullName = name.isEmpty ? tensor.name : name + "/" + tensor.name
         tensors.append(Planned(tensor: tensor, fullName: fullName, source: source))
       }
     }
-    try survey(against: base, lossy, workers: workers)
+    try survey(against: base, lossy, workers: surveyors(lossy, workers, memory))
     try settle()
     try layOut(models)
   }
