@@ -36,7 +36,7 @@ final class ChunkQueue: @unchecked Sendable {
   /// - Parameters:
   ///   - path: the file that is written; the temporary file is made beside it.
   ///   - capacity: how many chunks may wait in memory.
-  init(besides path: String, capacity: Int = 16, store: @escaping Store) {
+  init(besides path: String, capacity: Int = 8, store: @escaping Store) {
     self.path = path
     self.capacity = capacity
     self.store = store
@@ -107,7 +107,7 @@ final class ChunkQueue: @unchecked Sendable {
   }
 
   private func keep(_ memory: PinnedBytes) {
-    if idle.count < capacity { idle.append(memory) }
+    if idle.count + inMemory.count < capacity { idle.append(memory) }
   }
 
   private func spill(_ chunk: PackedChunk, _ number: Int) throws(CheckpointError) {
