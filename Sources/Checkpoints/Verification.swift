@@ -78,14 +78,6 @@ struct ChecksumComparison: Sendable {
     }.map { tensors[$0] }
   }
 
-  /// - Throws: if a tensor, of which all bytes have passed, does not have its checksum.
-  func refuseDamage(of source: some TensorSource) throws(CheckpointError) {
-    guard let damaged = damaged.first else { return }
-    throw CheckpointError(
-      file: source.path, tensor: damaged.name, "is not what was written: its checksum differs",
-      remedy: "get it again; 'smelt verify --data' lists what is damaged")
-  }
-
   /// The tensors without a recorded checksum.
   var unrecorded: [TensorInfo] {
     tensors.indices.filter { recorded[$0] == nil }.map { tensors[$0] }

@@ -66,10 +66,11 @@ extension Bundle.Survey {
     at tensor: TensorInfo, of source: any TensorSource, _ candidates: [Bundle.Candidate],
     _ lossy: Bundle.Lossy?, _ factors: FactorFile?
   ) throws -> Bundle.Finding {
-    if lossy != nil, source.recordedChecksum(of: tensor) != nil {
-      _ = try source.checksum(of: tensor)
+    if let lossy, let finding = try approximate(tensor, source, lossy, factors) {
+      // Its checksum is of what it becomes; what it is has to be what was recorded.
+      if source.recordedChecksum(of: tensor) != nil { _ = try source.checksum(of: tensor) }
+      return finding
     }
-    if let lossy, let finding = try approximate(tensor, source, lossy, factors) { return finding }
     var finding = Bundle.Finding()
     let size = try readSample(of: tensor, source, into: sample)
     finding.own.cost = .max

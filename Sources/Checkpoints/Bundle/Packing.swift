@@ -1,5 +1,7 @@
 /// A bundle before it is written: every tensor has been looked at and the layout is known.
 struct Packing: Sendable {
+  /// All that is read.
+  let inputs: [any TensorSource]
   let path: String
   /// Where the factors of low-rank tensors wait.
   let factors: FactorFile?
@@ -65,6 +67,7 @@ struct Packing: Sendable {
   ) throws {
     self.path = path
     factors = if case .lowRank = lossy { try FactorFile(for: path) } else { nil }
+    inputs = models.map { $0.source } + (base.map { [$0] } ?? [])
     for (name, source) in models {
       for tensor in source.manifest.tensors {
         let fullName = name.isEmpty ? tensor.name : name + "/" + tensor.name
