@@ -63,7 +63,7 @@ struct Merge: ParsableCommand {
     let cost = plan.cost(memory: resources.memory.bytes, workers: resources.jobs)
     if dryRun { return describe(plan, cost) }
     try refuseFullDisk(cost)
-    try refuse(writing: output, overInputs: parsed.models + [recipe])
+    try refuse(writing: output, overInputs: parsed.models + [recipe], isMerge: true)
     let interrupted = try Interrupted(output, identity: identity(text, parsed))
     let pieces = try interrupted.pieces(of: plan, isResuming: resume)
     let sink = try makeSink(plan, recipeText: text)

@@ -128,8 +128,7 @@ extension ZipArchive {
     guard entry.size / 1032 <= entry.storedSize else {
       throw damaged(entry, "says that it is larger than it can be")
     }
-    let folder = getenv("TMPDIR").map { String(cString: $0) } ?? "/tmp"
-    let target = try File(temporaryBeside: "\(folder)/smelt")
+    let target = try File(temporaryBeside: "\(temporaryFolder)/smelt")
     try target.preallocate(entry.size)
     var size = 0
     var checksum: UInt = 0
