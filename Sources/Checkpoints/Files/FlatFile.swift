@@ -12,11 +12,14 @@ final class FlatSource: TensorSource {
   private let checksums: TensorChecksums?
   /// `nil` if the file is small or was in memory before it was opened: there it stays.
   private let behind: ReadBehind?
+  let warnings: [String]
 
   /// - Precondition: every tensor lies within the file; the format has checked it.
   init(
-    _ file: MappedFile, _ manifest: Manifest, offsets: [Int], checksums: TensorChecksums? = nil
+    _ file: MappedFile, _ manifest: Manifest, offsets: [Int], checksums: TensorChecksums? = nil,
+    warnings: [String] = []
   ) {
+    self.warnings = warnings
     precondition(offsets.count == manifest.tensors.count)
     precondition(checksums.map { $0.count == offsets.count } ?? true)
     self.checksums = checksums
