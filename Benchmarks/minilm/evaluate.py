@@ -91,13 +91,13 @@ class Judge:
         return math.sqrt(sum(variances)) / len(variances)
 
     def header(self, label="accuracy in %"):
-        return f"{label:36}" + "".join(f"{n:>10}" for n in [*self.tasks, "mean"]) + "  s.e."
+        return f"{label:48}" + "".join(f"{n:>10}" for n in [*self.tasks, "mean"]) + "  s.e."
 
     def row(self, label, accuracies):
         mean = sum(accuracies.values()) / len(accuracies)
         values = [accuracies[task] for task in self.tasks] + [mean]
         error = self.mean_error(accuracies)
-        return f"{label:36}" + "".join(f"{100 * v:10.1f}" for v in values) + f"{100 * error:6.2f}"
+        return f"{label:48}" + "".join(f"{100 * v:10.1f}" for v in values) + f"{100 * error:6.2f}"
 
 
 def report(folder, models, split):

@@ -98,7 +98,7 @@ struct Merge: ParsableCommand {
   ) throws {
     let progress = Progress(total: cost.bytesRead + cost.bytesWritten, isQuiet: quiet)
     let notFinite = Mutex<[String: Int]>([:])
-    try plan.run(
+    let cleaning = try plan.run(
       into: sink, memory: resources.memory.bytes, workers: resources.jobs, journal: journal,
       finished: finished
     ) { chunk in
@@ -118,7 +118,14 @@ struct Merge: ParsableCommand {
         remedy: "look for them in the inputs, or leave out --strict")
     }
     try sink.finish()
+    cleaning?.warnings.forEach(note)
     guard !quiet else { return }
+    if let cleaning {
+      let whole = cleaning.whole
+      print(
+        "mean |cos| of the task vectors: \(decimal(whole.before.meanAbsoluteCosine)) before cleaning, \(decimal(whole.after.meanAbsoluteCosine)) after"
+      )
+    }
     let seconds = progress.seconds
     let rate = ByteSize(bytes: Int(Double(cost.bytesRead + cost.bytesWritten) / max(seconds, 1e-3)))
     print(
@@ -139,6 +146,7 @@ struct Merge: ParsableCommand {
     print(
       Table(columns: ["type", "shape", "size", "made by", "tensor"], rows: rows, rightAligned: [2]))
     print("\(plan.recipe.method.name): \(plan.recipe.method.formula)")
+    if let cleaning = plan.cleaning { print(cleaning.explanation) }
     for model in plan.sources { print("reads \(model.path): \(summary(of: model.manifest))") }
     print(
       "reads \(ByteSize(bytes: cost.bytesRead)) in up to \(cost.passes) passes\(cost.tensorsReadAgain > 0 ? ", \(cost.tensorsReadAgain) tensors from disk in each" : ", each byte once from disk"), writes \(ByteSize(bytes: cost.bytesWritten))"
