@@ -77,6 +77,7 @@ struct Calibrate: ParsableCommand {
     let reports = try calibration.run(
       into: progress?.observing(sink) ?? sink, memory: resources.memory.bytes,
       workers: progress == nil ? resources.jobs : 1)
+    try opened.source.checkUnchanged()
     try sink.finish()
     say(reports)
     print("\(output): \(reports.count) modules calibrated, \(summary(of: calibration.manifest))")
