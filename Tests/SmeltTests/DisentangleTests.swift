@@ -116,6 +116,35 @@ struct DisentangleTests {
     #expect(try folder.names == [])
   }
 
+  @Test func `no input is written over, the Gram matrices neither`() throws {
+    _ = try smelt(["gram"] + Self.family + ["-o", folder("g.safetensors")])
+    let before = try Checkpoint.open(folder("g.safetensors")).manifest
+    let clean = ["--clean", "awd-model", "--gram", folder("g.safetensors")]
+    for output in [
+      ["-o", folder("g.safetensors")],
+      ["-o", folder("x.h5"), "--redundant", folder("g.safetensors")],
+    ] {
+      let result = try smelt(["disentangle"] + Self.family + clean + output)
+      #expect(result.code == 1)
+      #expect(
+        result.errors
+          == "Error: \(folder("g.safetensors")) is also an input; write to another name\n")
+    }
+    // The Gram matrices that are written beside the output go to the file that was read.
+    try FileManager.default.createDirectory(
+      atPath: folder("out"), withIntermediateDirectories: true)
+    try FileManager.default.moveItem(
+      atPath: folder("g.safetensors"), toPath: folder("out/gram.safetensors"))
+    let result = try smelt(
+      ["disentangle"] + Self.family
+        + ["--clean", "awd-model", "--gram", folder("out/gram.safetensors"), "-o", folder("out")])
+    #expect(
+      result.errors
+        == "Error: \(folder("out/gram.safetensors")) is also an input; write to another name\n")
+    #expect(try folder.names == ["out"])
+    #expect(try Checkpoint.open(folder("out/gram.safetensors")).manifest == before)
+  }
+
   @Test func `what is not understood in --clean is wrong usage`() throws {
     let result = try smelt(
       ["disentangle"] + Self.family + ["-o", folder("x.h5"), "--clean", "awd-row,scope=all"])
