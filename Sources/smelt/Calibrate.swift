@@ -72,6 +72,7 @@ struct Calibrate: ParsableCommand {
     let inputs = [mixture, activations ?? progressive!] + experts.map { $0.path }
     try refuse(writing: output, overInputs: inputs)
     for remark in calibration.remarks { note(remark) }
+    keepFreedMemory()
     let sink = try Checkpoint.create(output, calibration.manifest)
     // Progressively, a layer begins when the one before it is done; its samples share the workers.
     let reports = try calibration.run(
