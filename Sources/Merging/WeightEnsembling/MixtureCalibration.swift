@@ -151,6 +151,12 @@ extension MixtureCalibration {
       })
     let rest = mixture.source.manifest.tensors.filter { !fitted.contains($0.name) }
     try mixture.source.copy(rest, into: sink, workers: workers)
+    return try fit(into: sink, memory: memory, workers: workers)
+  }
+
+  /// Fits the routers, and writes nothing else.
+  func fit(into sink: any TensorSink, memory: Int, workers: Int) throws -> [LayerReport] {
+    let gates = mixture.gates
     let largest = mixture.modules.indices.map(need).max() ?? 0
     guard largest <= memory else {
       throw MergeError(
