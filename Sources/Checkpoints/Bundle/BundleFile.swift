@@ -171,11 +171,12 @@ extension BundleFile {
         bytes.baseAddress!, with: UnsafeRawPointer(other.baseAddress!), count: bytes.count)
     case .ulp:
       try decodeReference(block, of: stored, into: bytes, reader)
-      let count = bytes.count / stored.tensor.dtype.byteWidth
-      try readPlanes(block, of: stored, part: 0, count: count, reader)
+      let codes = reader.elements.part(0..<bytes.count)
+      try decodePlanes(block, of: stored, part: 0, rotation: 0, into: codes, reader)
+      let width = stored.tensor.dtype.byteWidth
       Steps.add(
-        reader.planes.octets, stride: 1 << 20, count: count,
-        width: stored.tensor.dtype.byteWidth, to: bytes.baseAddress!)
+        UnsafeRawPointer(codes.baseAddress!), count: bytes.count / width, width: width,
+        to: bytes.baseAddress!)
     case .sparse: try decodeSparse(block, of: stored, into: bytes, reader)
     case .int8, .int4, .sign1: try decodeLossy(block, of: stored, into: bytes, reader)
     }

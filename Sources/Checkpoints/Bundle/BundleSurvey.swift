@@ -50,6 +50,11 @@ extension Bundle {
     /// Elements that are tried, in pieces from all over the tensor.
     private static let sampleCount = 1 << 16
     private static let samplePieces = 16
+
+    /// Bytes that the buffers take.
+    static let memory =
+      4 * sampleCount * 8 + ZstdFrame.largest + 17 * Codec.blockCount + GroupReader.memory
+      + FrameEncoder.memory
   }
 }
 
@@ -155,12 +160,10 @@ extension Bundle.Survey {
         if best.cost <= choice.cost { choice = best }
       }
     case .ulp:
-      for plane in 0..<width {
-        Steps.difference(
-          plane, of: count, width: width, UnsafeRawPointer(sample.start),
-          from: UnsafeRawPointer(other.start), into: octets.octets)
-        add(octets.first(count))
-      }
+      Steps.difference(
+        of: count, width: width, UnsafeRawPointer(sample.start),
+        from: UnsafeRawPointer(other.start), into: values.start)
+      addPlanes(of: values, count, rotation: 0)
     case .xor:
       values.part(0..<size).copyMemory(from: sample.first(size))
       exclusiveOr(values.start, with: UnsafeRawPointer(other.start), count: size)

@@ -5,6 +5,9 @@ final class GroupReader {
   private let codes = PinnedBytes(count: Codec.blockCount)
   private let results = PinnedBytes(count: 4 * Codec.blockCount)
 
+  /// Bytes that the buffers take.
+  static let memory = (8 + 4 + 1 + 4) * Codec.blockCount
+
   /// Calls `body` with every group that has elements in `range`, whole.
   /// - Precondition: `size` is at most `Codec.blockCount`.
   func forEachGroup(

@@ -49,6 +49,9 @@ struct FrameEncoder: ~Copyable {
     ]
   }
 
+  /// Bytes that the contexts take, about, for frames of tensors.
+  static let memory = 4 << 20
+
   deinit { contexts.values.forEach { ZSTD_freeCCtx($0) } }
 
   /// Writes one frame that holds `content` and returns its size.

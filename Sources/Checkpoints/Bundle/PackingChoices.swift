@@ -1,0 +1,98 @@
+import Synchronization
+
+extension Packing {
+  /// Looks at all tensors, several at a time.
+  mutating func survey(against base: (any TensorSource)?, _ lossy: Codec?, workers: Int)
+    throws
+  {
+    let candidates = candidates(against: base)
+    let tensors = tensors
+    let findings = Mutex([Bundle.Finding?](repeating: nil, count: tensors.count))
+    try forEachStep(count: tensors.count, workers: workers) {
+      Bundle.Survey()
+    } body: { step, survey in
+      let finding = try survey.look(
+        at: tensors[step].tensor, of: tensors[step].source, candidates[step], lossy: lossy)
+      findings.withLock { $0[step] = finding }
+    }
+    findings.withLock {
+      for (index, finding) in $0.enumerated() { self.tensors[index].finding = finding! }
+    }
+  }
+
+  /// For each tensor those that it may resemble: the base's of the same name, and the first ones
+  /// whose names differ from its own in the model's name or in one number (another expert's,
+  /// another layer's).
+  private func candidates(against base: (any TensorSource)?) -> [[Bundle.Candidate]] {
+    var firsts: [String: Int] = [:]
+    return tensors.enumerated().map { index, planned in
+      let tensor = planned.tensor
+      var found: [Bundle.Candidate] = []
+      func isLike(_ other: TensorInfo) -> Bool {
+        other.dtype == tensor.dtype && other.shape == tensor.shape
+      }
+      if let base, let other = base.manifest[tensor.name], isLike(other) {
+        found.append(Bundle.Candidate(tensor: other, source: base, position: nil))
+      }
+      for pattern in patterns(of: planned) {
+        guard let first = firsts[pattern] else {
+          firsts[pattern] = index
+          continue
+        }
+        let other = tensors[first]
+        guard isLike(other.tensor), !found.contains(where: { $0.position == first }) else {
+          continue
+        }
+        found.append(
+          Bundle.Candidate(tensor: other.tensor, source: other.source, position: first))
+      }
+      return Array(found.prefix(4))
+    }
+  }
+
+  /// The tensor's name without its model's, and its full name with one number left out each.
+  private func patterns(of planned: Planned) -> [String] {
+    let pieces = planned.fullName.split(separator: ".", omittingEmptySubsequences: false)
+    let withoutNumber = pieces.indices.filter { Int(pieces[$0]) != nil }.map { place in
+      pieces.enumerated().map { $0 == place ? "*" : String($1) }.joined(separator: ".")
+    }
+    let isOfMany = planned.fullName != planned.tensor.name
+    return (isOfMany ? ["*/" + planned.tensor.name] : []) + withoutNumber
+  }
+
+  /// Decides what is kept as what, in order, so that no tensor refers to one that refers itself.
+  mutating func settle() throws {
+    var seen: [Likeness: Int] = [:]
+    for index in tensors.indices {
+      let finding = tensors[index].finding
+      let key = Likeness(
+        dtype: tensors[index].tensor.dtype, shape: tensors[index].tensor.shape,
+        checksum: finding.checksum, codec: finding.own.codec)
+      if tensors[index].tensor.byteCount > 0, let twin = seen[key],
+        // A checksum of 64 bits may collide; a lossy tensor's is not of its own bytes.
+        !finding.own.codec.isLossy, try isSame(index, twin)
+      {
+        tensors[index].twin = twin
+        continue
+      }
+      seen[key] = seen[key] ?? index
+      tensors[index].difference = finding.differences.first { _, candidate in
+        guard let position = candidate.position else { return true }
+        let other = tensors[position]
+        return other.difference == nil && other.twin == nil && !other.choice.codec.isLossy
+      }
+    }
+  }
+
+  private func isSame(_ index: Int, _ other: Int) throws -> Bool {
+    let (one, two) = (tensors[index], tensors[other])
+    let bytes = (PinnedBytes(count: 1 << 20), PinnedBytes(count: 1 << 20))
+    for begin in stride(from: 0, to: one.tensor.byteCount, by: 1 << 20) {
+      let count = min(1 << 20, one.tensor.byteCount - begin)
+      try one.source.read(one.tensor, at: begin, into: bytes.0.part(0..<count))
+      try two.source.read(two.tensor, at: begin, into: bytes.1.part(0..<count))
+      guard bytes.0.first(count).elementsEqual(bytes.1.first(count)) else { return false }
+    }
+    return true
+  }
+}

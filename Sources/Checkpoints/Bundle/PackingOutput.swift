@@ -1,0 +1,171 @@
+import Synchronization
+
+extension Packing {
+  /// Makes the frames, several at a time, and puts the file in place.
+  ///
+  /// - Parameter waiting: bytes of memory for frames that are made before it is their turn.
+  func write(workers: Int, waiting: Int) throws {
+    let pending = try PendingFile(for: path)
+    let file = try pending.open()
+    let table = GrowingTable()
+    let turnstile = Turnstile()
+    let early = EarlyFrames()
+    let followers = followers(waiting)
+    let isFollower = Set(followers.joined())
+    do {
+      try forEachStep(count: frames.count, workers: workers) {
+        FrameMaker(width: widest)
+      } body: { step, maker in
+        do {
+          let (stream, place, _) = frames[step]
+          var made: Frame?
+          if !isFollower.contains(stream) {
+            made = try make(step, with: maker, into: early.blank(), isFirst: true)
+          }
+          for follower in followers[stream] {
+            let step = firstFrames[follower] + place
+            early.put(try make(step, with: maker, into: early.blank(), isFirst: false), for: step)
+          }
+          let passed = turnstile.pass(step) {
+            let frame = made ?? early.take(step)
+            return (frame: frame, offset: table.append(frame))
+          }
+          guard let (frame, offset) = passed else { return }
+          try file.write(frame.bytes.first(frame.size), at: offset)
+          file.startFlush(at: offset, count: frame.size)
+          early.giveBack(frame)
+        } catch {
+          turnstile.close()
+          throw error
+        }
+      }
+      try file.write(table.ending.span.bytes, at: table.end)
+    } catch let error as CheckpointError where error.file == pending.temporaryPath {
+      throw CheckpointError(
+        file: path, tensor: error.tensor, error.problem, remedy: error.remedy)
+    }
+    try pending.commit()
+  }
+
+  /// What a worker's buffers take, whichever codecs it meets.
+  var memoryPerWorker: Int {
+    let isLossy = tensors.contains { $0.choice.codec.isLossy }
+    return FrameMaker.memory(width: widest, isLossy: isLossy)
+  }
+
+  /// Bytes of the widest elements.
+  private var widest: Int { tensors.reduce(1) { max($0, $1.tensor.dtype.byteWidth) } }
+
+  /// For each stream those whose frames are made along with its own, because it would take as
+  /// long to code the block again, and which fit into so much memory until it is their turn.
+  private func followers(_ waiting: Int) -> [[Int]] {
+    var followers = [[Int]](repeating: [], count: streams.count)
+    var leader: (stream: Int, tensor: Int, room: Int)?
+    for (index, stream) in streams.enumerated() {
+      guard case .coded(let tensor, _) = stream.content,
+        [.ulp, .xor, .sparse].contains(tensors[tensor].choice.codec)
+      else { continue }
+      let need = stream.sizes.count * ZstdFrame.largest
+      if let first = leader, first.tensor == tensor, first.room >= need,
+        streams[first.stream].sizes.count == stream.sizes.count
+      {
+        followers[first.stream].append(index)
+        leader!.room -= need
+      } else {
+        leader = (index, tensor, waiting)
+      }
+    }
+    return followers
+  }
+
+  /// Makes the frame of a step.
+  /// - Parameter isFirst: whether no other stream's frame has been made from the same block
+  ///   just before.
+  private func make(_ step: Int, with maker: FrameMaker, into frame: Frame, isFirst: Bool)
+    throws(CheckpointError) -> Frame
+  {
+    let (index, place, size) = frames[step]
+    let stream = streams[index]
+    switch stream.content {
+    case .bytes(let bytes):
+      let begin = place * ZstdFrame.contentSize
+      bytes[begin..<begin + size].withUnsafeBytes { maker.encode($0, stream.mode, into: frame) }
+    case .coded(let position, let number):
+      let planned = tensors[position]
+      if isFirst { try maker.coder.read(place, of: planned) }
+      let content = try maker.coder.stream(number, place, of: planned, size)
+      guard content.count == size else {
+        throw CheckpointError(
+          file: planned.source.path, tensor: planned.tensor.name,
+          "changed while it was being read", remedy: "pack it again")
+      }
+      maker.encode(content, stream.mode, into: frame)
+    }
+    return frame
+  }
+}
+
+/// A frame that has been made, with what the tables say of it.
+private final class Frame: @unchecked Sendable {
+  // Sound: it waits in a locked list or is with one worker.
+  let bytes = PinnedBytes(count: ZstdFrame.largest)
+  var size = 0
+  var contentSize = 0
+  var checksum: UInt32 = 0
+}
+
+/// What one worker makes frames with.
+private final class FrameMaker {
+  let encoder = FrameEncoder()
+  let coder: BlockCoder
+
+  init(width: Int) { coder = BlockCoder(width: width) }
+
+  /// Bytes that it takes, with a frame in hand.
+  static func memory(width: Int, isLossy: Bool) -> Int {
+    BlockCoder.memory(width: width, isLossy: isLossy) + FrameEncoder.memory + ZstdFrame.largest
+  }
+
+  func encode(_ content: UnsafeRawBufferPointer, _ mode: ZstdFrame.Mode, into frame: Frame) {
+    frame.size = encoder.encode(content, mode, into: frame.bytes.bytes)
+    frame.contentSize = content.count
+    frame.checksum = FrameChecksums.of(frame.bytes.first(frame.size))
+  }
+}
+
+/// Frames that wait for their turn, and those that have been written and may be used again.
+private final class EarlyFrames: Sendable {
+  private let waiting = Mutex<[Int: Frame]>([:])
+  private let idle = Mutex<[Frame]>([])
+
+  func blank() -> Frame { idle.withLock { $0.popLast() } ?? Frame() }
+
+  func giveBack(_ frame: Frame) { idle.withLock { $0.append(frame) } }
+
+  func put(_ frame: Frame, for step: Int) { waiting.withLock { $0[step] = frame } }
+
+  /// The frame that has been put here for a step.
+  func take(_ step: Int) -> Frame { waiting.withLock { $0.removeValue(forKey: step)! } }
+}
+
+/// The seek table while frames are appended; touched by one thread at a time, in a turnstile.
+private final class GrowingTable: @unchecked Sendable {
+  private var table = SeekTable()
+  private var checksums = FrameChecksums()
+
+  /// - Returns: where the frame goes.
+  func append(_ frame: Frame) -> Int {
+    table.append(frame: frame.size, content: frame.contentSize)
+    checksums.append(frame.checksum)
+    return table[table.count - 1].lowerBound
+  }
+
+  var end: Int { table.starts.last! }
+
+  /// What follows the last frame.
+  var ending: [UInt8] {
+    var whole = table
+    whole.append(frame: checksums.bytes.count, content: 0)
+    return checksums.bytes + whole.bytes
+  }
+}
