@@ -334,25 +334,12 @@ extension MixtureCalibration {
     }
     let count = mixture.description.experts.count
     return MatchedLayer(
-      samples: samples, tokens: try tokens(of: prefix),
+      samples: samples,
+      tokens: try activations.tokens(of: prefix, spreadOver: self.samples, about: Self.tokenRows),
       module: WeightEnsemblingMLP(
         router: .constant(Array(repeating: 0, count: count)), base: base, taskVectors: vectors,
         activation: activation),
       experts: experts)
-  }
-
-  /// The same number of tokens of every sample, spread evenly.
-  private func tokens(of module: String) throws -> Matrix<Float> {
-    let all = activations.tokenCount(of: module)
-    let count = min(all, max(1, MixtureCalibration.tokenRows / samples.count))
-    var rows: [Float] = []
-    var width = 0
-    for sample in samples {
-      let tokens = try activations.tokens(of: module, sample..<sample + 1)
-      width = tokens.columnCount
-      for token in 0..<count { rows += tokens[row: token * all / count] }
-    }
-    return Matrix(rowCount: samples.count * count, columnCount: width, elements: rows)
   }
 }
 
