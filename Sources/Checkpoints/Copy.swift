@@ -25,7 +25,14 @@ extension TensorSource {
       try sink.write(piece.bytes, of: tensor, at: range.lowerBound)
     }
     try checkUnchanged()
-    guard let damaged = comparison.damaged.first else { return }
+    try comparison.refuseDamage(in: path)
+  }
+}
+
+extension ChecksumComparison {
+  /// - Throws: if a tensor does not have its checksum.
+  func refuseDamage(in path: String) throws(CheckpointError) {
+    guard let damaged = damaged.first else { return }
     throw CheckpointError(
       file: path, tensor: damaged.name, "is not what was written: its checksum differs",
       remedy: "get it again; 'smelt verify --data' lists what is damaged")

@@ -47,15 +47,56 @@ struct TensorView: TensorSource {
       let first = offset / width + piece.lowerBound
       var bytes = stored.first(piece.count * original.dtype.bitWidth / 8)
       try source.read(original, at: first * original.dtype.bitWidth / 8, into: &bytes)
-      let result = Self.cast(bytes.bytes, original.dtype, to: tensor.dtype, count: piece.count)
-      if !allowsOverflow {
-        try refuseOverflow(bytes.bytes, original, result.span.bytes, tensor, from: first)
-      }
+      let result = try cast(bytes.bytes, original, to: tensor, from: first)
       buffer.withUnsafeMutableBytes {
         UnsafeMutableRawBufferPointer(rebasing: $0[(piece.lowerBound * width)...])
           .copyBytes(from: result)
       }
     }
+  }
+
+  /// Compares what it reads with the source's checksums, also of tensors that are cast.
+  func copy(_ tensors: [TensorInfo], into sink: any TensorSink, workers: Int) throws {
+    let seen = try tensors.map { try tensor($0.name) }
+    let stored = seen.map { originals[manifest.position(of: $0.name)!] }
+    let comparison = ChecksumComparison(stored, of: source)
+    // A power of two of whole blocks: of whole blocks also when it is cast.
+    let pieces = Pieces(of: stored, size: 4 * TensorChecksum.blockSize)
+    try forEachStep(count: pieces.count, workers: workers) {
+      Buffer(byteCount: pieces.largest)
+    } body: { step, buffer in
+      let (original, range) = pieces[step]
+      let position = pieces.position(ofTensorWith: step)
+      var piece = buffer.first(range.count)
+      try source.read(original, at: range.lowerBound, into: &piece)
+      comparison.add(piece.bytes, ofTensorAt: position, from: range.lowerBound)
+      guard original.dtype != seen[position].dtype else {
+        return try sink.write(piece.bytes, of: tensors[position], at: range.lowerBound)
+      }
+      let width = (stored: original.dtype.bitWidth / 8, cast: seen[position].dtype.bitWidth / 8)
+      for begin in stride(from: 0, to: range.count, by: Self.pieceSize * width.stored) {
+        let end = min(begin + Self.pieceSize * width.stored, range.count)
+        let first = (range.lowerBound + begin) / width.stored
+        let result = try cast(
+          piece.bytes.extracting(begin..<end), original, to: seen[position], from: first)
+        try sink.write(result.span.bytes, of: tensors[position], at: first * width.cast)
+      }
+    }
+    try checkUnchanged()
+    try comparison.refuseDamage(in: path)
+  }
+
+  /// The elements as the other type, checked for overflow.
+  /// - Parameter first: the index of the first element in the tensor.
+  private func cast(
+    _ bytes: RawSpan, _ original: TensorInfo, to tensor: TensorInfo, from first: Int
+  ) throws(CheckpointError) -> [UInt8] {
+    let count = bytes.byteCount / (original.dtype.bitWidth / 8)
+    let result = Self.cast(bytes, original.dtype, to: tensor.dtype, count: count)
+    if !allowsOverflow {
+      try refuseOverflow(bytes, original, result.span.bytes, tensor, from: first)
+    }
+    return result
   }
 
   private static func cast(_ bytes: RawSpan, _ dtype: DType, to target: DType, count: Int)

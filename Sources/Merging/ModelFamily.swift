@@ -66,6 +66,11 @@ public struct ModelFamily: Sendable {
   }
 
   /// The base first, then the experts: the order of a tile's rows.
+  /// - Throws: if a model was written to since it was opened.
+  public func checkUnchanged() throws(CheckpointError) {
+    for source in sources { try source.checkUnchanged() }
+  }
+
   var sources: [any TensorSource] { [base] + experts.map { $0.source } }
 
   /// The tensor of this name in the base and every expert; an expert without it has the base's.

@@ -109,6 +109,7 @@ struct Calibrate: ParsableCommand {
     let reports = try calibration.run(
       into: progress?.observing(sink) ?? sink, memory: resources.memory.bytes,
       workers: progress == nil ? resources.jobs : 1)
+    try given.checkUnchanged()
     if let report {
       try CalibrationPage(mixture: output, reports: reports, choice: choice).write(to: report)
     }

@@ -60,6 +60,7 @@ struct CollapseCommand: ParsableCommand {
     }
     let sink = try Checkpoint.create(output, collapse.manifest)
     try collapse.run(into: sink, memory: resources.memory.bytes, workers: resources.jobs)
+    try opened.source.checkUnchanged()
     try sink.finish()
     print("\(output): a plain model, \(summary(of: collapse.manifest))")
     if expert == nil, activations != nil, let warning = opened.description.warning {

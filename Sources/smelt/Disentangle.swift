@@ -58,7 +58,8 @@ struct Disentangle: ParsableCommand {
     options.cleaning = try cleaning.cleaning(or: .row)!
     options.form = form == .models ? .models : .vectors
     options.dtype = dtype
-    let disentangling = try Disentangling(family.open(), options)
+    let models = try family.open()
+    let disentangling = try Disentangling(models, options)
     let grams = try gram.map { try TaskVectorGrams(contentsOf: $0) }
     let places = try DisentanglementPlaces(output, disentangling, redundant: redundant)
     try places.refuse(overInputs: family.paths)
@@ -68,6 +69,7 @@ struct Disentangle: ParsableCommand {
     let summary = try disentangling.run(
       into: outputs.experts, redundant: outputs.redundant, grams: grams,
       memory: resources.memory.bytes, workers: resources.jobs)
+    try models.checkUnchanged()
     try Checkpoint.finish(outputs.all)
     try summary.grams.write(to: places.grams)
     try DisentanglementPage(summary).write(to: places.page)

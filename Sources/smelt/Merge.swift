@@ -117,6 +117,7 @@ struct Merge: ParsableCommand {
         "\(damaged.count) tensors have elements that are NaN or infinite",
         remedy: "look for them in the inputs, or leave out --strict")
     }
+    for source in plan.sources { try source.checkUnchanged() }
     try sink.finish()
     guard !quiet else { return }
     let seconds = progress.seconds

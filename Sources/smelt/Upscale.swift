@@ -122,7 +122,8 @@ struct Upscale: ParsableCommand {
 
   func run() throws {
     if format == .mixtral { return try writeSparse() }
-    var upscaling = try Upscaling(family.open(), options())
+    let models = try family.open()
+    var upscaling = try Upscaling(models, options())
     for output in [output] + (taskVectors.map { [$0] } ?? []) {
       try refuse(writing: output, overInputs: family.paths)
     }
@@ -132,13 +133,15 @@ struct Upscale: ParsableCommand {
     let vectors = try taskVectors.map { try Checkpoint.create($0, upscaling.taskVectorManifest) }
     let report = try upscaling.run(
       into: mixture, taskVectors: vectors, memory: resources.memory.bytes, workers: resources.jobs)
+    try models.checkUnchanged()
     try Checkpoint.finish([mixture] + (vectors.map { [$0] } ?? []))
     say(upscaling, report)
   }
 
   private func writeSparse() throws {
+    let models = try family.open()
     let sparse = try SparseMixture(
-      family.open(), scaling: scaling, activations: Checkpoint.open(activations!),
+      models, scaling: scaling, activations: Checkpoint.open(activations!),
       expertsPerToken: min(expertsPerToken, family.experts.count))
     try refuse(writing: output, overInputs: family.paths + [activations!])
     let text = sparse.configuration?.text
@@ -167,6 +170,7 @@ struct Upscale: ParsableCommand {
     if let configuration, let text {
       try Data(text.utf8).write(to: configuration, options: .atomic)
     }
+    try models.checkUnchanged()
     try sink.finish()
     let rows = reports.map {
       [$0.module, "\(decimal(100 * $0.routingAccuracy, 1)) %", decimal($0.sharpness, 0)]

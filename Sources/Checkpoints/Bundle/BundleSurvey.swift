@@ -63,7 +63,11 @@ extension Bundle.Survey {
     at tensor: TensorInfo, of source: any TensorSource, _ candidates: [Bundle.Candidate],
     lossy: Codec?
   ) throws(CheckpointError) -> Bundle.Finding {
-    if let lossy, let finding = try quantise(tensor, source, lossy) { return finding }
+    if let lossy, let finding = try quantise(tensor, source, lossy) {
+      // Its checksum is of what it becomes; what it is has to be what was recorded.
+      _ = try source.checksum(of: tensor)
+      return finding
+    }
     var finding = Bundle.Finding()
     let size = try readSample(of: tensor, source, into: sample)
     finding.own.cost = .max

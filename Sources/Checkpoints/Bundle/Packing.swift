@@ -1,5 +1,7 @@
 /// A bundle before it is written: every tensor has been looked at and the layout is known.
 struct Packing: Sendable {
+  /// All that is read.
+  let inputs: [any TensorSource]
   let path: String
   var tensors: [Planned] = []
   /// All streams, in the order of the file.
@@ -62,6 +64,7 @@ struct Packing: Sendable {
     _ path: String, lossy: Codec?, workers: Int
   ) throws {
     self.path = path
+    inputs = models.map { $0.source } + (base.map { [$0] } ?? [])
     for (name, source) in models {
       for tensor in source.manifest.tensors {
         let fullName = name.isEmpty ? tensor.name : name + "/" + tensor.name

@@ -44,6 +44,13 @@ extension Packing {
       throw CheckpointError(
         file: path, tensor: error.tensor, error.problem, remedy: error.remedy)
     }
+    for input in inputs { try input.checkUnchanged() }
+    try pending.complete()
+    do { _ = try BundleFile(pending.temporaryPath, base: nil) } catch {
+      throw CheckpointError(
+        file: path, tensor: error.tensor, "does not read back as it was written: \(error.problem)",
+        remedy: "check the disk that it is on")
+    }
     try pending.commit()
   }
 

@@ -32,14 +32,18 @@ extension TensorSource {
 
 extension TensorSource {
   /// The XXH3 of a whole tensor.
+  /// - Throws: also if the tensor does not have its recorded checksum.
   func checksum(of tensor: TensorInfo) throws(CheckpointError) -> UInt64 {
     let piece = PinnedBytes(count: min(tensor.byteCount, 1 << 20))
     let checksum = Checksum()
+    let comparison = ChecksumComparison([tensor], of: self)
     for begin in stride(from: 0, to: tensor.byteCount, by: 1 << 20) {
       let count = min(1 << 20, tensor.byteCount - begin)
       try read(tensor, at: begin, into: piece.part(0..<count))
       checksum.update(piece.first(count))
+      comparison.add(RawSpan(_unsafeBytes: piece.first(count)), ofTensorAt: 0, from: begin)
     }
+    try comparison.refuseDamage(in: path)
     return checksum.value
   }
 }

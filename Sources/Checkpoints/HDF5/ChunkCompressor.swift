@@ -9,7 +9,6 @@ final class ChunkCompressor: @unchecked Sendable {  // Sound: one thread has it 
   private let zstd = ZSTD_createCCtx()!
   private var padded = Scratch()
   private var shuffled = Scratch()
-  private var packed = Scratch()
 
   init(_ compression: HDF5.Compression) {
     self.compression = compression
@@ -28,15 +27,20 @@ final class ChunkCompressor: @unchecked Sendable {  // Sound: one thread has it 
 
   deinit { ZSTD_freeCCtx(zstd) }
 
-  /// A chunk as it is to be stored, and which of the filters were left out.
+  /// The memory that any chunk of so many bytes fits when it is compressed.
+  static func room(for byteCount: Int) -> Int {
+    max(ZSTD_compressBound(byteCount), Int(compressBound(uLong(byteCount))))
+  }
+
+  /// Makes a chunk as it is to be stored.
   /// - Parameters:
   ///   - content: the used bytes of the chunk, which lie at its beginning.
   ///   - byteCount: how many bytes every chunk has.
   ///   - width: the bytes of an element.
-  /// - Returns: bytes that stay until the next call.
-  func compress(_ content: UnsafeRawBufferPointer, byteCount: Int, width: Int)
-    -> (bytes: UnsafeRawBufferPointer, skippedFilters: UInt32)
-  {
+  ///   - memory: at least `room(for: byteCount)` bytes, which the chunk takes over.
+  func compress(
+    _ content: UnsafeRawBufferPointer, byteCount: Int, width: Int, into memory: PinnedBytes
+  ) -> PackedChunk {
     var content = content
     if content.count < byteCount {
       let room = padded.room(byteCount)
@@ -49,21 +53,26 @@ final class ChunkCompressor: @unchecked Sendable {  // Sound: one thread has it 
       shuffle(content, width: width, into: room)
       content = UnsafeRawBufferPointer(room)
     }
-    let count = pack(content)
-    guard count < content.count else { return (content, width > 1 ? 0b10 : 0b1) }
-    return (UnsafeRawBufferPointer(rebasing: packed.room(count)[..<count]), 0)
+    let count = pack(content, into: memory.bytes)
+    guard count < content.count else {
+      memory.bytes.copyMemory(from: content)
+      return PackedChunk(
+        memory: memory, count: content.count, skippedFilters: width > 1 ? 0b10 : 0b1)
+    }
+    return PackedChunk(memory: memory, count: count, skippedFilters: 0)
   }
 
-  private func pack(_ content: UnsafeRawBufferPointer) -> Int {
+  /// - Returns: how many bytes it takes; more than there were if it does not become smaller.
+  private func pack(_ content: UnsafeRawBufferPointer, into room: UnsafeMutableRawBufferPointer)
+    -> Int
+  {
     switch compression {
     case .zstd:
-      let room = packed.room(ZSTD_compressBound(content.count))
       let count = ZSTD_compress2(
         zstd, room.baseAddress, room.count, content.baseAddress, content.count)
       precondition(ZSTD_isError(count) == 0, "zstd cannot compress into its own bound")
       return count
     case .deflate(let level):
-      let room = packed.room(Int(compressBound(uLong(content.count))))
       var stream = z_stream()
       let strategy = level == nil ? Z_HUFFMAN_ONLY : Z_DEFAULT_STRATEGY
       let code = deflateInit2_(
@@ -89,11 +98,13 @@ private func shuffle(
   let count = bytes.count / width
   func split<Bits: FixedWidthInteger>(_: Bits.Type) {
     for byte in 0..<width {
-      let plane = shuffled.baseAddress! + byte * count
+      // Plain pointers, or the loop does not become vectors.
+      let plane = (shuffled.baseAddress! + byte * count).assumingMemoryBound(to: UInt8.self)
+      let elements = bytes.baseAddress!
       for i in 0..<count {
-        let bits = bytes.loadUnaligned(fromByteOffset: i &* width, as: Bits.self)
-        plane.storeBytes(
-          of: UInt8(truncatingIfNeeded: bits &>> Bits(8 * byte)), toByteOffset: i, as: UInt8.self)
+        let bits = elements.loadUnaligned(
+          fromByteOffset: i &* MemoryLayout<Bits>.size, as: Bits.self)
+        plane[i] = UInt8(truncatingIfNeeded: bits &>> Bits(8 &* byte))
       }
     }
   }

@@ -3,8 +3,7 @@ import Synchronization
 
 /// Writes the larger tensors of an HDF5 file as compressed chunks.
 ///
-/// Chunks are compressed by the threads that write, and stored in the order they are done: the
-/// same tensors give files that read the same but need not be the same.
+/// Chunks are compressed by the threads that write, and stored in the tensors' order.
 final class HDF5ChunkedSink: TensorSink {
   let manifest: Manifest
   private let pending: PendingFile
@@ -12,7 +11,8 @@ final class HDF5ChunkedSink: TensorSink {
   private let file: File
   private let datasets: ChunkedDatasets
   private let places: [Place]
-  private let unfinished = Mutex<[ChunkKey: UnfinishedChunk]>([:])
+  private let queue: ChunkQueue
+  private let unfinished = Mutex<[Int: UnfinishedChunk]>([:])
   private let idle = Mutex<[ChunkCompressor]>([])
   private let remaining: Atomic<Int>
   private let rows: HDF5.ChecksumRows?
@@ -21,7 +21,8 @@ final class HDF5ChunkedSink: TensorSink {
 
   private enum Place {
     case range(from: Int)
-    case chunks(ChunkGrid)
+    /// The first chunk has this number among those of all tensors.
+    case chunks(ChunkGrid, from: Int)
   }
 
   /// Takes over a pending file that is laid out.
@@ -37,12 +38,29 @@ final class HDF5ChunkedSink: TensorSink {
     self.manifest = manifest
     self.compression = compression
     file = try pending.open()
-    places = zip(manifest.tensors, offsets).map { tensor, offset in
-      offset.map { .range(from: $0) } ?? .chunks(HDF5.grid(of: tensor))
+    var chunks: [ChunkKey] = []
+    places = zip(manifest.tensors.indices, offsets).map { position, offset in
+      if let offset { return .range(from: offset) }
+      let grid = HDF5.grid(of: manifest.tensors[position])
+      defer { chunks += (0..<grid.count).map { ChunkKey(tensor: position, chunk: $0) } }
+      return .chunks(grid, from: chunks.count)
     }
     remaining = Atomic(manifest.byteCount)
+    let datasets: ChunkedDatasets
     do { datasets = try ChunkedDatasets(pending.temporaryPath, manifest.tensors, paths) } catch {
       throw error.error(file: pending.destination)
+    }
+    self.datasets = datasets
+    let flushing = Flushing(try pending.open())
+    queue = ChunkQueue(besides: pending.temporaryPath) {
+      [chunks] (number, chunk) throws(CheckpointError) in
+      let key = chunks[number]
+      do throws(HDF5Failure) {
+        try datasets.write(chunk.bytes, skipping: chunk.skippedFilters, key)
+      } catch {
+        throw error.of(manifest.tensors[key.tensor].name).error(file: pending.destination)
+      }
+      flushing.note(chunk.count)
     }
   }
 
@@ -52,51 +70,59 @@ final class HDF5ChunkedSink: TensorSink {
     do {
       switch places[position] {
       case .range(let start): try file.write(bytes, at: start + offset)
-      case .chunks(let grid):
+      case .chunks(let grid, let first):
+        let width = tensor.dtype.hdf5StorageType.bitWidth / 8
         for (number, runs) in grid.runs(in: offset..<offset + bytes.byteCount) {
           // Our chunks are whole rows or a part of one: each has one run.
           let run = runs[0]
           let part = bytes.extracting(run.startInRange..<run.startInRange + run.count)
-          try write(part, at: run.startInChunk, of: ChunkKey(tensor: position, chunk: number), grid)
+          try write(
+            part, at: run.startInChunk, of: first + number, used: grid.usedByteCount(of: number),
+            grid.chunkByteCount, width: width)
         }
       }
     } catch {
       throw CheckpointError(
-        file: pending.destination, tensor: tensor.name, error.problem, remedy: error.remedy)
+        file: pending.destination, tensor: error.tensor ?? tensor.name, error.problem,
+        remedy: error.remedy)
     }
     recorder?.add(bytes, ofTensorAt: position, from: offset)
     remaining.wrappingSubtract(bytes.byteCount, ordering: .relaxed)
   }
 
   /// Stores a chunk that is complete; what is not waits for its other parts.
-  private func write(_ part: RawSpan, at start: Int, of key: ChunkKey, _ grid: ChunkGrid)
-    throws(CheckpointError)
-  {
-    let used = grid.usedByteCount(of: key.chunk)
-    if part.byteCount == used { return try store(part, key, grid) }
-    let complete: [UInt8]? = unfinished.withLock { unfinished in
-      var chunk = unfinished.removeValue(forKey: key) ?? UnfinishedChunk(byteCount: used)
-      chunk.add(part, at: start)
-      if chunk.missing == 0 { return chunk.content }
-      unfinished[key] = chunk
-      return nil
+  /// - Parameters:
+  ///   - used: how many bytes of the chunk belong to the tensor.
+  ///   - byteCount: how many bytes every chunk of the tensor has.
+  private func write(
+    _ part: RawSpan, at start: Int, of number: Int, used: Int, _ byteCount: Int, width: Int
+  ) throws(CheckpointError) {
+    func store(_ content: UnsafeRawBufferPointer) -> Result<Void, CheckpointError> {
+      let compressor = idle.withLock { $0.popLast() } ?? ChunkCompressor(compression)
+      let chunk = compressor.compress(
+        content, byteCount: byteCount, width: width,
+        into: queue.memory(ChunkCompressor.room(for: byteCount)))
+      idle.withLock { $0.append(compressor) }
+      return Result { () throws(CheckpointError) in try queue.put(number, chunk) }
     }
-    if let complete { try store(complete.span.bytes, key, grid) }
-  }
-
-  private func store(_ content: RawSpan, _ key: ChunkKey, _ grid: ChunkGrid)
-    throws(CheckpointError)
-  {
-    let compressor = idle.withLock { $0.popLast() } ?? ChunkCompressor(compression)
-    defer { idle.withLock { $0.append(compressor) } }
-    let width = manifest.tensors[key.tensor].dtype.hdf5StorageType.bitWidth / 8
-    let result = content.withUnsafeBytes { content in
-      let chunk = compressor.compress(content, byteCount: grid.chunkByteCount, width: width)
-      return Result { () throws(HDF5Failure) in
-        try datasets.write(chunk.bytes, skipping: chunk.skippedFilters, key, of: grid.count)
-      }
+    if part.byteCount == used { return try part.withUnsafeBytes { store($0) }.get() }
+    let memory = unfinished.withLock { unfinished in
+      if let begun = unfinished[number] { return begun.memory }
+      let memory = queue.memory(ChunkCompressor.room(for: byteCount))
+      unfinished[number] = UnfinishedChunk(memory: memory, missing: used)
+      return memory
     }
-    do { try result.get() } catch { throw error.error(file: pending.destination) }
+    // Without the lock: every byte is written by one thread.
+    part.withUnsafeBytes { memory.part(start..<start + $0.count).copyMemory(from: $0) }
+    let isComplete = unfinished.withLock { unfinished in
+      unfinished[number]!.missing -= part.byteCount
+      guard unfinished[number]!.missing == 0 else { return false }
+      unfinished[number] = nil
+      return true
+    }
+    guard isComplete else { return }
+    defer { queue.giveBack(memory) }
+    try store(memory.first(used)).get()
   }
 
   func complete() throws(CheckpointError) {
@@ -124,24 +150,33 @@ final class HDF5ChunkedSink: TensorSink {
   }
 }
 
-private struct ChunkKey: Hashable {
+private struct ChunkKey {
   let tensor: Int
   let chunk: Int
 }
 
 /// A chunk of which some bytes are still to come.
 private struct UnfinishedChunk {
-  private(set) var content: [UInt8]
-  private(set) var missing: Int
+  let memory: PinnedBytes
+  var missing: Int
+}
 
-  init(byteCount: Int) {
-    content = [UInt8](repeating: 0, count: byteCount)
-    missing = byteCount
-  }
+/// Starts writing a growing file to the disk as it grows, so that little is left to do at the end.
+private final class Flushing: @unchecked Sendable {  // Sound: used by who stores chunks.
+  private let file: File
+  private var pending = 0
+  private var flushed = 0
 
-  mutating func add(_ part: RawSpan, at start: Int) {
-    part.withUnsafeBytes { content.replaceSubrange(start..<start + $0.count, with: $0) }
-    missing -= part.byteCount
+  init(_ file: consuming File) { self.file = file }
+
+  /// Takes note of so many bytes that were added.
+  func note(_ count: Int) {
+    pending += count
+    // If the size cannot be asked for, the file is flushed at the end.
+    guard pending >= 4 << 20, let size = try? file.size() else { return }
+    file.startFlush(at: flushed, count: size - flushed)
+    flushed = size
+    pending = 0
   }
 }
 
@@ -150,19 +185,12 @@ private final class ChunkedDatasets: @unchecked Sendable {
   // Sound: what varies is touched with the library's lock held.
   private var file: HDF5Handle?
   private let fileID: hid_t
-  private var open: [Int: Dataset] = [:]
+  /// The dataset that is being filled; chunks come in the order of the tensors.
+  private var dataset: HDF5Handle?
+  private var datasetID = hid_t(-1)
+  private var openTensor: Int?
   private let tensors: [TensorInfo]
   private let paths: [String]
-
-  private final class Dataset {
-    let handle: HDF5Handle
-    var missing: Int
-
-    init(_ handle: consuming HDF5Handle, missing: Int) {
-      self.handle = handle
-      self.missing = missing
-    }
-  }
 
   init(_ file: String, _ tensors: [TensorInfo], _ paths: [String]) throws(HDF5Failure) {
     self.tensors = tensors
@@ -175,32 +203,29 @@ private final class ChunkedDatasets: @unchecked Sendable {
     self.file = consume handle
   }
 
-  deinit { HDF5Library.withLock { open = [:] } }
-
-  /// Stores one of a tensor's `count` chunks.
-  func write(
-    _ bytes: UnsafeRawBufferPointer, skipping skipped: UInt32, _ key: ChunkKey, of count: Int
-  ) throws(HDF5Failure) {
+  /// Stores one of a tensor's chunks.
+  func write(_ bytes: UnsafeRawBufferPointer, skipping skipped: UInt32, _ key: ChunkKey)
+    throws(HDF5Failure)
+  {
     try HDF5Library.withLock { () throws(HDF5Failure) in
-      let dataset = try dataset(key.tensor, chunkCount: count)
+      if openTensor != key.tensor { try open(key.tensor) }
       let corner = HDF5.corner(ofChunk: key.chunk, of: tensors[key.tensor]).map { hsize_t($0) }
       try HDF5Library.check(
         H5Dwrite_chunk(
-          dataset.handle.id, hid_t(H5P_DEFAULT), skipped, corner, bytes.count, bytes.baseAddress))
-      dataset.missing -= 1
-      // The last one closes it, so that few are open however many tensors there are.
-      open[key.tensor] = dataset.missing == 0 ? nil : dataset
+          datasetID, hid_t(H5P_DEFAULT), skipped, corner, bytes.count, bytes.baseAddress))
     }
   }
 
-  private func dataset(_ tensor: Int, chunkCount: Int) throws(HDF5Failure) -> Dataset {
-    if let dataset = open[tensor] { return dataset }
+  private func open(_ tensor: Int) throws(HDF5Failure) {
     let handle = try HDF5Handle(H5Dopen2(fileID, paths[tensor], hid_t(H5P_DEFAULT)))
-    return Dataset(handle, missing: chunkCount)
+    datasetID = handle.id
+    openTensor = tensor
+    dataset = consume handle
   }
 
   func close() throws(HDF5Failure) {
     try HDF5Library.withLock { () throws(HDF5Failure) in
+      if let dataset = dataset.take() { try dataset.close() }
       if let file = file.take() { try file.close() }
     }
   }
