@@ -73,7 +73,8 @@ struct Merge: ParsableCommand {
     let sideFiles = try sideFiles(plan, recipeText: text)
     if dryRun { return describe(plan, cost) }
     try refuseFullDisk(cost)
-    try refuse(writing: output, overInputs: parsed.models + parsed.tokenizerPaths + [recipe], isMerge: true)
+    try refuse(
+      writing: output, overInputs: parsed.models + parsed.tokenizerPaths + [recipe], isMerge: true)
     if resume, !isResumable {
       throw CheckpointError(
         file: output, "cannot be resumed: only folders and .safetensors files can",
