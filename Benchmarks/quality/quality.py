@@ -134,11 +134,14 @@ class MiniLM:
     model_class = transformers.BertModel
     flags = []
 
-    def __init__(self, folder, texts):
+    def __init__(self, folder, texts, samples, scratch):
         self.folder = Path(folder)
         self.tasks = tuple(json.loads((self.folder / "tasks.json").read_text()))
         self.config = transformers.AutoConfig.from_pretrained(self.folder / "f32" / "base")
-        self.inputs = self.folder / "calibration.npz"
+        given = np.load(self.folder / "calibration.npz")
+        rows = np.concatenate([np.flatnonzero(given["task"] == n)[:samples] for n in range(len(self.tasks))])
+        self.inputs = scratch / "inputs.npz"
+        np.savez(self.inputs, **{key: given[key][rows] for key in ("input_ids", "attention_mask", "task")})
         self.heads = load_file(self.folder / "heads.safetensors")
         test = np.load(self.folder / "test.npz")
         self.test = {}
@@ -169,10 +172,10 @@ def smelt(*arguments):
 
 
 @torch.no_grad()
-def accuracies(suite, model):
-    """Return the accuracy of a model on every task, in %."""
+def accuracies(suite, model, tasks=None):
+    """Return the accuracy of a model on every task (or some), in %."""
     result = []
-    for task in suite.tasks:
+    for task in tasks or suite.tasks:
         inputs, labels = suite.samples(task)
         hits = 0
         for start in range(0, len(labels), 100):
@@ -246,13 +249,14 @@ def main():
     parser.add_argument("--picture", type=Path, help="draw accuracy against size")
     parser.add_argument("--routing", type=Path, help="the report of calibrate for the mixture with λ chosen")
     parser.add_argument("--texts", type=int, default=1200, help="test texts a task (minilm)")
+    parser.add_argument("--samples", type=int, default=256, help="calibration texts a task (minilm)")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         scratch = Path(scratch)
         suite = {
             "digits": lambda: Digits(scratch),
             "text": lambda: Text(arguments.folder),
-            "minilm": lambda: MiniLM(arguments.folder, arguments.texts),
+            "minilm": lambda: MiniLM(arguments.folder, arguments.texts, arguments.samples, scratch),
         }[arguments.suite]()
         rows = []
         for row in measure(suite, scratch, arguments.routing):
@@ -267,7 +271,7 @@ def main():
 def measure(suite, scratch, routing):
     """Print the table's rows and yield them."""
     model_size = suite.path("base").stat().st_size
-    own = [accuracies(suite, dense(suite, suite.path(task)))[n] for n, task in enumerate(suite.tasks)]
+    own = [accuracies(suite, dense(suite, suite.path(task)), [task])[0] for task in suite.tasks]
     print("| model | " + " | ".join(suite.tasks) + " | mean | of experts' | models |")
     print("|---|" + "--:|" * (len(suite.tasks) + 3))
 
@@ -284,6 +288,12 @@ def measure(suite, scratch, routing):
         yield row(f"task arithmetic {scaling}", accuracies(suite, dense(suite, path)), 1)
     path = merged(suite, scratch, "ties", **{"lambda": 1.0, "density": 0.2})
     yield row("TIES, density 0.2", accuracies(suite, dense(suite, path)), 1)
+    smelt("upscale", "--base", suite.path("base"), *experts(suite), "-o", scratch / "raw.safetensors")
+    values = []
+    for task in suite.tasks:
+        smelt("collapse", scratch / "raw.safetensors", "--expert", task, "-o", scratch / "collapsed.safetensors")
+        values += accuracies(suite, dense(suite, scratch / "collapsed.safetensors"), [task])
+    yield row("WEMoE, routed by hand", values, (scratch / "raw.safetensors").stat().st_size / model_size)
     for label, *steps in MIXTURES:
         path, said = mixture(suite, scratch, *steps)
         for line in said.splitlines():
