@@ -112,7 +112,7 @@ struct Merge: ParsableCommand {
     _ plan: MergePlan, _ cost: MergePlan.Cost, into sink: any TensorSink, journal: MergeJournal,
     finished: Set<Chunk>
   ) throws {
-    let progress = Progress(total: cost.bytesRead + cost.bytesWritten, isQuiet: quiet)
+    let progress = Progress(total: cost.bytesMerged + cost.bytesWritten, isQuiet: quiet)
     let notFinite = Mutex<[String: Int]>([:])
     let cleaning = try plan.run(
       into: sink, memory: resources.memory.bytes, workers: resources.jobs, journal: journal,
@@ -144,7 +144,7 @@ struct Merge: ParsableCommand {
       )
     }
     let seconds = progress.seconds
-    let rate = ByteSize(bytes: Int(Double(cost.bytesRead + cost.bytesWritten) / max(seconds, 1e-3)))
+    let rate = ByteSize(bytes: Int(Double(cost.bytesMerged + cost.bytesWritten) / max(seconds, 1e-3)))
     print(
       "\(output): \(summary(of: plan.manifest)) in \(decimal(seconds, 1)) s, \(rate)/s read and written, peak memory \(peakMemory)"
     )

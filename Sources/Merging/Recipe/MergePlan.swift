@@ -548,6 +548,8 @@ extension MergePlan {
   public struct Cost: Sendable {
     /// Bytes of the inputs, as often as they are read.
     public var bytesRead = 0
+    /// Bytes of the inputs, once for each tensor that they are used in.
+    public var bytesMerged = 0
     public var bytesWritten = 0
     /// How often the data of the most demanding tensor is looked at, the result's pass included.
     public var passes = 1
@@ -562,6 +564,7 @@ extension MergePlan {
     let share = memory / max(1, workers)
     for task in tasks {
       cost.bytesWritten += task.output.byteCount
+      cost.bytesMerged += task.inputs.reduce(0) { $0 + $1.tensor.byteCount }
       switch task.work {
       case .copy(let place): cost.bytesRead += place.tensor.byteCount
       case .merge(let merge, let inputs, _, _):
