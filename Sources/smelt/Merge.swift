@@ -75,6 +75,11 @@ struct Merge: ParsableCommand {
     try refuseFullDisk(cost)
     try refuse(
       writing: output, overInputs: parsed.models + parsed.tokenizerPaths + [recipe], isMerge: true)
+    if resume, !isResumable {
+      throw CheckpointError(
+        file: output, "cannot be resumed: only folders and .safetensors files can",
+        remedy: "merge without --resume")
+    }
     let interrupted = try Interrupted(output, identity: identity(text, parsed))
     let pieces = try interrupted.pieces(of: plan, isResuming: resume)
     let sink = try makeSink(plan, sideFiles)
