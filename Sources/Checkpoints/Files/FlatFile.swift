@@ -10,9 +10,9 @@ final class FlatSource: TensorSource {
   private let file: MappedFile
   /// The checksums of the manifest's tensors, if the file records them.
   private let checksums: TensorChecksums?
+  let warnings: [String]
   /// `nil` if the file is small or was in memory before it was opened: there it stays.
   private let behind: ReadBehind?
-  let warnings: [String]
 
   /// - Precondition: every tensor lies within the file; the format has checked it.
   init(
