@@ -28,7 +28,8 @@ RECIPES = {
 }
 
 
-def recipe(folder, method):
+def recipe(folder, method, output):
+    """Write the method's recipe to the folder `output`; return its path and the inputs' files."""
     base, parameters, models = RECIPES[method]
     lines = [f"merge_method: {method}", "dtype: bfloat16"]
     if base is not None:
@@ -40,7 +41,7 @@ def recipe(folder, method):
             lines.append(f"    parameters: {{{parameters}}}")
     if method == "slerp":
         lines.append("parameters: {t: 0.4}")
-    path = folder / f"{method}.yml"
+    path = output / f"{method}.yml"
     path.write_text("\n".join(lines) + "\n")
     inputs = sorted(set(models) | ({base} - {None}))
     return path, [folder / f"model{model}" / "model.safetensors" for model in inputs]
@@ -55,6 +56,7 @@ def main():
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--memory", default="160MiB")
     parser.add_argument("--cold", action="store_true")
+    parser.add_argument("--output", type=Path, help="where the results go; default: FOLDER")
     options = parser.parse_args()
     folder = options.folder or Path(tempfile.mkdtemp())
     if not (folder / "model3" / "model.safetensors").exists():
@@ -62,25 +64,26 @@ def main():
         subprocess.run(
             [sys.executable, maker, folder, "--gigabytes", str(options.gigabytes)], check=True
         )
+    output = options.output or folder
     for method in options.methods:
-        path, inputs = recipe(folder, method)
+        path, inputs = recipe(folder, method, output)
         smelt = Side(
             f"smelt {method}", [
-                SMELT, "merge", "--quiet", "--memory", options.memory, path, folder / "by-smelt",
+                SMELT, "merge", "--quiet", "--memory", options.memory, path, output / "by-smelt",
             ],
-            outputs=[folder / "by-smelt"],
+            outputs=[output / "by-smelt"],
         )
         read = " ".join(map(str, inputs))
         plain = Side(
             "cat inputs, cp and sync one",
-            ["sh", "-c", f"cat {read} > /dev/null && cp {inputs[0]} {folder}/copy && sync {folder}/copy"],
-            outputs=[folder / "copy"],
+            ["sh", "-c", f"cat {read} > /dev/null && cp {inputs[0]} {output}/copy && sync {output}/copy"],
+            outputs=[output / "copy"],
         )
         print(compare(smelt, plain, runs=options.runs, cold=options.cold), flush=True)
         if options.mergekit:
             theirs = Side(
-                f"mergekit {method}", [options.mergekit, path, folder / "by-mergekit"],
-                outputs=[folder / "by-mergekit"],
+                f"mergekit {method}", [options.mergekit, path, output / "by-mergekit"],
+                outputs=[output / "by-mergekit"],
             )
             print(compare(smelt, theirs, runs=options.runs, cold=options.cold), flush=True)
 

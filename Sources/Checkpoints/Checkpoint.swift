@@ -13,6 +13,9 @@ public protocol TensorSource: Sendable {
   func read(_ tensor: TensorInfo, at offset: Int, into buffer: inout MutableRawSpan)
     throws(CheckpointError)
 
+  /// Says that some of a tensor's bytes will not be read again, and need no place in memory.
+  func forget(_ bytes: Range<Int>, of tensor: TensorInfo)
+
   /// - Throws: if a file was written to since it was opened: what was read of it may be a
   ///   mixture.
   func checkUnchanged() throws(CheckpointError)
@@ -31,6 +34,8 @@ public protocol TensorSource: Sendable {
 
 extension TensorSource {
   public var warnings: [String] { [] }
+
+  public func forget(_ bytes: Range<Int>, of tensor: TensorInfo) {}
 
   public func checkUnchanged() throws(CheckpointError) {}
 

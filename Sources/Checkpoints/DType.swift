@@ -57,27 +57,30 @@ extension DType {
   public func decode(_ bytes: RawSpan, into values: inout MutableSpan<Float>) {
     let count = values.count
     precondition(bytes.byteCount >= count * bitWidth / 8)
-    // Pointers, because the loads may be misaligned: a file promises no alignment.
+    // Pointers, because the loads may be misaligned: a file promises no alignment. Bare ones,
+    // because a checked index keeps the compiler from vectorising.
     bytes.withUnsafeBytes { source in
       values.withUnsafeMutableBufferPointer { target in
+        guard count > 0, let source = source.baseAddress, let target = target.baseAddress else {
+          return
+        }
         switch self {
         case .bf16:
           for i in 0..<count {
-            let bits = source.loadUnaligned(fromByteOffset: 2 * i, as: UInt16.self)
+            let bits = (source + 2 &* i).loadUnaligned(as: UInt16.self)
             target[i] = Float(bitPattern: UInt32(bits) << 16)
           }
         case .f16:
           for i in 0..<count {
-            target[i] = floatFromHalf(
-              source.loadUnaligned(fromByteOffset: 2 * i, as: UInt16.self))
+            target[i] = floatFromHalf((source + 2 &* i).loadUnaligned(as: UInt16.self))
           }
         case .f32:
           for i in 0..<count {
-            target[i] = source.loadUnaligned(fromByteOffset: 4 * i, as: Float.self)
+            target[i] = (source + 4 &* i).loadUnaligned(as: Float.self)
           }
         case .f64:
           for i in 0..<count {
-            target[i] = Float(source.loadUnaligned(fromByteOffset: 8 * i, as: Double.self))
+            target[i] = Float((source + 8 &* i).loadUnaligned(as: Double.self))
           }
         default: preconditionFailure("\(rawValue) has no arithmetic")
         }
@@ -92,33 +95,30 @@ extension DType {
     precondition(bytes.byteCount >= count * bitWidth / 8)
     bytes.withUnsafeMutableBytes { target in
       values.withUnsafeBufferPointer { source in
+        guard count > 0, let source = source.baseAddress, let target = target.baseAddress else {
+          return
+        }
         switch self {
         case .bf16:
           for i in 0..<count {
-            target.storeBytes(
-              of: bfloat16FromFloat(source[i]), toByteOffset: 2 * i, as: UInt16.self)
+            (target + 2 &* i).storeBytes(of: bfloat16FromFloat(source[i]), as: UInt16.self)
           }
         case .f16:
           for i in 0..<count {
-            target.storeBytes(
-              of: halfFromFloat(source[i]), toByteOffset: 2 * i, as: UInt16.self)
+            (target + 2 &* i).storeBytes(of: halfFromFloat(source[i]), as: UInt16.self)
           }
         case .f32:
-          for i in 0..<count {
-            target.storeBytes(of: source[i], toByteOffset: 4 * i, as: Float.self)
-          }
+          for i in 0..<count { (target + 4 &* i).storeBytes(of: source[i], as: Float.self) }
         case .f64:
           for i in 0..<count {
-            target.storeBytes(of: Double(source[i]), toByteOffset: 8 * i, as: Double.self)
+            (target + 8 &* i).storeBytes(of: Double(source[i]), as: Double.self)
           }
         default: preconditionFailure("\(rawValue) has no arithmetic")
         }
       }
     }
   }
-}
 
-extension DType {
   /// Rounds values to what this type can hold, as if they had been stored and read again.
   public func round(_ values: inout MutableSpan<Float>) {
     switch self {

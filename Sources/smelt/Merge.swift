@@ -22,10 +22,13 @@ struct Merge: ParsableCommand {
   @Flag(help: "Print what would be done and stop.")
   var dryRun = false
 
+  @Flag(help: "With --dry-run, list every tensor, however many there are.")
+  var verbose = false
+
   @Flag(help: "Replace the output folder if it is there, with all its files.")
   var force = false
 
-  @Flag(help: "Go on with a merge into this output that was killed.")
+  @Flag(help: "Go on with a killed merge into this folder or .safetensors file.")
   var resume = false
 
   @Flag(help: "Make a NaN or an infinity in the result an error.")
@@ -33,6 +36,12 @@ struct Merge: ParsableCommand {
 
   @Flag(help: "Print no progress and no summary.")
   var quiet = false
+
+  @Flag(
+    help: ArgumentHelp(
+      "Leave in the page cache what is read of inputs that were not in it.",
+      discussion: "Without it the cache is dropped behind, which is faster."))
+  var keepCache = false
 
   @Option(help: "Seed of the methods that choose at random.")
   var seed: UInt64 = 0
@@ -61,12 +70,18 @@ struct Merge: ParsableCommand {
     for source in models { source.warnings.forEach(note) }
     plan.notes.forEach(note)
     let cost = plan.cost(memory: resources.memory.bytes, workers: resources.jobs)
+    let sideFiles = try sideFiles(plan, recipeText: text)
     if dryRun { return describe(plan, cost) }
     try refuseFullDisk(cost)
-    try refuse(writing: output, overInputs: parsed.models + [recipe])
+    try refuse(writing: output, overInputs: parsed.models + parsed.tokenizerPaths + [recipe])
+    if resume, !isResumable {
+      throw CheckpointError(
+        file: output, "cannot be resumed: only folders and .safetensors files can",
+        remedy: "merge without --resume")
+    }
     let interrupted = try Interrupted(output, identity: identity(text, parsed))
     let pieces = try interrupted.pieces(of: plan, isResuming: resume)
-    let sink = try makeSink(plan, recipeText: text)
+    let sink = try makeSink(plan, sideFiles)
     let journal = try interrupted.begin()
     // Whatever ends here has removed its unfinished files; only a kill leaves something behind.
     defer { interrupted.end() }
@@ -87,7 +102,7 @@ struct Merge: ParsableCommand {
     var parts = [
       recipeText, "\(seed)", rng.rawValue, "\(shardSize.bytes)", Smelt.configuration.version,
     ]
-    for model in recipe.models { parts += [model] + fileStates(model) }
+    for model in recipe.models + recipe.tokenizerPaths { parts += [model] + fileStates(model) }
     let bytes = Array(parts.joined(separator: "\0").utf8)
     return String(xxh3(bytes.span.bytes), radix: 16)
   }
@@ -100,7 +115,7 @@ struct Merge: ParsableCommand {
     let notFinite = Mutex<[String: Int]>([:])
     let cleaning = try plan.run(
       into: sink, memory: resources.memory.bytes, workers: resources.jobs, journal: journal,
-      finished: finished
+      finished: finished, keepsCache: keepCache
     ) { chunk in
       progress.advance(chunk.bytesRead + chunk.bytesWritten, chunk.tensor.name)
       if chunk.notFinite > 0 {
@@ -136,19 +151,18 @@ struct Merge: ParsableCommand {
 
   // MARK: The plan
 
+  /// A table of more tensors than this hides the rest of the plan.
+  private static let shortTable = 20
+
   private func describe(_ plan: MergePlan, _ cost: MergePlan.Cost) {
-    let rows = plan.tasks.map {
-      [
-        $0.output.dtype.rawValue, $0.output.shapeDescription,
-        ByteSize(bytes: $0.output.byteCount).description, $0.explanation,
-        quoted($0.output.name),
-      ]
-    }
-    print(
-      Table(columns: ["type", "shape", "size", "made by", "tensor"], rows: rows, rightAligned: [2]))
+    if verbose || plan.tasks.count <= Merge.shortTable { printTensors(of: plan) }
     print("\(plan.recipe.method.name): \(plan.recipe.method.formula)")
     if let cleaning = plan.cleaning { print(cleaning.explanation) }
     for model in plan.sources { print("reads \(model.path): \(summary(of: model.manifest))") }
+    print("makes \(output): \(summary(of: plan.manifest))")
+    for (explanation, count) in plan.waysOfMaking {
+      print("  \(count) of the tensors: \(explanation)")
+    }
     print(
       "reads \(ByteSize(bytes: cost.bytesRead)) in up to \(cost.passes) passes\(cost.tensorsReadAgain > 0 ? ", \(cost.tensorsReadAgain) tensors from disk in each" : ", each byte once from disk"), writes \(ByteSize(bytes: cost.bytesWritten))"
     )
@@ -159,6 +173,22 @@ struct Merge: ParsableCommand {
       print(
         "needs \(ByteSize(bytes: cost.bytesWritten)) of disk; \(ByteSize(bytes: free)) are free")
     }
+    print(
+      isResumable
+        ? "if it is killed, --resume goes on with it"
+        : "if it is killed, it begins anew: only folders and .safetensors files can be resumed")
+  }
+
+  private func printTensors(of plan: MergePlan) {
+    let rows = plan.tasks.map {
+      [
+        $0.output.dtype.rawValue, $0.output.shapeDescription,
+        ByteSize(bytes: $0.output.byteCount).description, $0.explanation,
+        quoted($0.output.name),
+      ]
+    }
+    print(
+      Table(columns: ["type", "shape", "size", "made by", "tensor"], rows: rows, rightAligned: [2]))
   }
 
   private func refuseFullDisk(_ cost: MergePlan.Cost) throws {
@@ -171,15 +201,53 @@ struct Merge: ParsableCommand {
 
   // MARK: The output
 
-  private func makeSink(_ plan: MergePlan, recipeText: String) throws -> any TensorSink {
-    let isFile = Checkpoint.formats.contains { format in
+  private var isFile: Bool {
+    Checkpoint.formats.contains { format in
       format.fileExtensions.contains { output.lowercased().hasSuffix("." + $0) }
     }
+  }
+
+  private var isResumable: Bool {
+    !isFile || Safetensors.fileExtensions.contains { output.lowercased().hasSuffix("." + $0) }
+  }
+
+  /// What a folder gets beside the weights; nothing if the output is a file.
+  private func sideFiles(_ plan: MergePlan, recipeText: String) throws -> OutputFolder.Files {
+    guard isFile else { return try OutputFolder(plan: plan, recipe: recipeText).files() }
+    if plan.recipe.tokenizer != nil || plan.recipe.chatTemplate != nil {
+      note("\(output) is a file of tensors: the recipe's tokenizer and chat_template are left out")
+    }
+    return OutputFolder.Files()
+  }
+
+  private func makeSink(_ plan: MergePlan, _ files: OutputFolder.Files) throws -> any TensorSink {
     guard !isFile else { return try Checkpoint.create(output, plan.manifest) }
-    let folder = OutputFolder(plan: plan, recipe: recipeText)
     return try ModelFolder.create(
-      output, plan.manifest, shardSize: shardSize.bytes, sideFilesOf: folder.original,
-      files: try folder.files(), replacing: force)
+      output, plan.manifest, shardSize: shardSize.bytes, sideFilesOf: files.original,
+      files: files.contents, replacing: force)
+  }
+}
+
+extension MergePlan {
+  /// How many tensors are made in which way, in the order of their first tensors.
+  fileprivate var waysOfMaking: [(explanation: String, count: Int)] {
+    var counts: [String: Int] = [:]
+    var order: [String] = []
+    for task in tasks {
+      if counts.updateValue(counts[task.explanation, default: 0] + 1, forKey: task.explanation)
+        == nil
+      {
+        order.append(task.explanation)
+      }
+    }
+    return order.map { ($0, counts[$0]!) }
+  }
+}
+
+extension Recipe {
+  /// The folder whose tokenizer the output gets, if it is named by its path.
+  fileprivate var tokenizerPaths: [String] {
+    if case .model(let path)? = tokenizer { [path] } else { [] }
   }
 }
 

@@ -19,8 +19,16 @@ struct OutputFolder {
     "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja",
   ]
 
-  /// The files that are not copied from the original as they are.
-  func files() throws -> [String: [UInt8]] {
+  /// What the folder gets beside the weights: the small files of `original`, but for those whose
+  /// contents are given.
+  struct Files {
+    var original: String?
+    var contents: [String: [UInt8]] = [:]
+  }
+
+  func files() throws -> Files { try Files(original: original, contents: contents()) }
+
+  private func contents() throws -> [String: [UInt8]] {
     var files: [String: [UInt8]] = [:]
     files["smelt_recipe.yml"] = Array(recipe.utf8)
     files["README.md"] = Array(modelCard.utf8)
@@ -28,13 +36,18 @@ struct OutputFolder {
       files["config.json"] = Array(try configuration(readText("\(original)/config.json")).utf8)
     }
     if case .model(let model)? = plan.recipe.tokenizer, model != original {
+      guard Self.tokenizerFiles.contains(where: { exists("\(model)/\($0)") }) else {
+        throw CheckpointError(
+          file: model, "has no tokenizer that the recipe could take",
+          remedy: "name a model's folder that has one, or leave out tokenizer_source")
+      }
       try checkVocabularies(model)
       for name in Self.tokenizerFiles where exists("\(model)/\(name)") {
         files[name] = Array(try Data(contentsOf: URL(filePath: "\(model)/\(name)")))
       }
     }
     if let template = plan.recipe.chatTemplate {
-      files["chat_template.jinja"] = Array(try chatTemplate(template).utf8)
+      files["chat_template.jinja"] = Array((Self.chatTemplates[template] ?? template).utf8)
     }
     return files
   }
@@ -79,23 +92,15 @@ struct OutputFolder {
     return canonical
   }
 
-  private func chatTemplate(_ template: String) throws -> String {
-    let presets = [
-      "chatml": """
-      {% for message in messages %}<|im_start|>{{ message['role'] }}
-      {{ message['content'] }}<|im_end|>
-      {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
-      {% endif %}
-      """
-    ]
-    if let preset = presets[template] { return preset }
-    guard template.contains("{") else {
-      throw MergeError(
-        "chat_template \(quoted(template)) is not known",
-        remedy: "write the template itself, or chatml, or leave it out to keep the model's own")
-    }
-    return template
-  }
+  /// The templates that a recipe may name.
+  private static let chatTemplates = [
+    "chatml": """
+    {% for message in messages %}<|im_start|>{{ message['role'] }}
+    {{ message['content'] }}<|im_end|>
+    {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+    {% endif %}
+    """
+  ]
 
   // MARK: Model card
 

@@ -1,5 +1,6 @@
 import ArgumentParser
 import Checkpoints
+import Merging
 
 struct Pack: ParsableCommand {
   static let configuration = CommandConfiguration(
@@ -30,9 +31,10 @@ struct Pack: ParsableCommand {
   @Option(
     help: ArgumentHelp(
       "Store matrices of floating-point numbers inexactly: int8 (a scale a row), int4 (a scale "
-        + "for 128) or sign1 (a sign and a scale). The error is recorded.",
-      valueName: "int8|int4|sign1"),
-    transform: lossyCoding(_:))
+        + "for 128), sign1 (a sign and a scale) or lowrank:RANK (the product of two thin matrices "
+        + "of singular vectors). Each tensor's error is recorded.",
+      valueName: "int8|int4|sign1|lowrank:RANK"),
+    transform: Bundle.Lossy.init(argument:))
   var lossy: Bundle.Lossy?
 
   @OptionGroup var resources: Resources
@@ -88,74 +90,39 @@ struct Pack: ParsableCommand {
 
   private func say(_ sources: [any TensorSource]) throws {
     let packed = try fileSize(output)
-    let size = sources.reduce(0) { $0 + $1.manifest.byteCount }
+    // A safetensors file comes back with its header.
+    let size = sources.reduce(0) {
+      $0 + $1.manifest.byteCount + ($1.manifest.safetensorsHeader.map { 8 + $0.count } ?? 0)
+    }
     let share = decimal(100 * Double(packed) / Double(max(1, size)), 1)
     let many = sources.count == 1 ? "" : " in \(sources.count) models"
     print("\(output): \(ByteSize(bytes: packed)), \(share) % of \(ByteSize(bytes: size))\(many)")
   }
 }
 
-private func lossyCoding(_ text: String) throws -> Bundle.Lossy {
-  guard let coding = Bundle.Lossy(rawValue: text) else {
-    throw ValidationError("'\(text)' is not int8, int4 or sign1.")
+extension Bundle.Lossy {
+  /// As `--lossy` has it.
+  fileprivate init(argument: String) throws {
+    switch argument.split(separator: ":", omittingEmptySubsequences: false) {
+    case ["int8"]: self = .int8
+    case ["int4"]: self = .int4
+    case ["sign1"]: self = .sign1
+    case let words where words.count == 2 && words[0] == "lowrank" && Int(words[1]) ?? 0 > 0:
+      self = .lowRank(Int(words[1])!, by: .singularValues)
+    default: throw ValidationError("'\(argument)' is not int8, int4, sign1 or lowrank:RANK.")
+    }
   }
-  return coding
 }
 
-struct Unpack: ParsableCommand {
-  static let configuration = CommandConfiguration(
-    abstract: "Give back what a bundle holds, bit for bit.",
-    discussion: """
-      Every frame's and every tensor's checksum is compared on the way. Of a family, --model \
-      gives one model; without it all come, as NAME/tensor.
-      """)
-
-  @Argument(help: "The bundle to unpack.", completion: .file())
-  var input: String
-
-  @Option(
-    name: .shortAndLong,
-    help: "What to write; its ending names the format: \(Endings.all), or / for a model's folder.")
-  var output: String
-
-  @Option(help: "Only this model of a family.")
-  var model: String?
-
-  @Option(
-    help: ArgumentHelp(
-      "Only tensors whose names match; * stands for any text. May be given again.",
-      valueName: "pattern"))
-  var tensors: [String] = []
-
-  @Option(help: "The base that the bundle holds differences from.")
-  var against: String?
-
-  @OptionGroup var writing: OutputArguments
-  @OptionGroup var resources: Resources
-
-  func validate() throws { try writing.validate(for: output) }
-
-  func run() throws {
-    let output = writing.path(output)
-    try refuse(writing: output, overInputs: [input] + (against.map { [$0] } ?? []))
-    var source = try self.source()
-    if !tensors.isEmpty {
-      let patterns = tensors.map { NamePattern($0) }
-      source = source.selecting { tensor in patterns.contains { $0.matches(tensor.name) } }
-      guard !source.manifest.tensors.isEmpty else {
-        throw CheckpointError(
-          file: input, "has no tensor that --tensors names",
-          remedy: "list its names with 'smelt inspect'")
-      }
-    }
-    try Checkpoint.write(
-      source, to: output, writing.options(sideFilesOf: nil), workers: resources.jobs)
-    print("\(output): \(summary(of: source.manifest))")
-  }
-
-  private func source() throws -> any TensorSource {
-    guard model != nil || against != nil else { return try Checkpoint.open(input) }
-    let bundle = try BundleSource(input, base: against.map { try Checkpoint.open($0) })
-    return try model.map { try bundle.model($0) } ?? bundle
+extension Bundle.Factorisation {
+  /// The nearest product of its rank.
+  fileprivate static let singularValues = Self { rows, columns in
+    // The matrix, LAPACK's copy, the vectors on both sides, its scratch memory and the factors.
+    let side = min(rows, columns)
+    return 4 * (5 * rows * columns + 8 * side * side)
+  } factors: { elements, columns, rank in
+    let matrix = Matrix(
+      rowCount: elements.count / columns, columnCount: columns, elements: elements)
+    return LowRank(matrix, rank: rank).map { ($0.left.elements, $0.right.elements) }
   }
 }

@@ -26,18 +26,25 @@ typealias Bundle = Checkpoints.Bundle
   }
 
   @Test(arguments: [2, 5])
-  func `has the same bytes whatever the number of workers`(workers: Int) throws {
+  func `has the same bytes whatever the number of workers and the memory`(workers: Int) throws {
+    let near = neighbours(1_100_000)
     let source = try writeSafetensors(
       [
         .weights("a", .bf16, [1_060_000], seed: 1), .weights("b", .f32, [3000], seed: 2),
-        .noise("c", .u8, [1_500_000], seed: 3), .pruned("d", .bf16, [11_000], seed: 4),
+        .noise("c", .u8, [1_500_000], seed: 3), .pruned("d", .bf16, [1_100_000], seed: 4),
+        near.0, near.1,
       ], to: folder("in.safetensors"))
-    try Bundle.pack(source, to: folder("one.safetensors.zst"), workers: 1)
+    // Without memory for frames that wait, each block is coded again for each of its planes.
+    try Bundle.pack(source, to: folder("one.safetensors.zst"), workers: 1, memory: 0)
     try Bundle.pack(
       source, to: folder("many.safetensors.zst"), workers: workers, memory: 200 << 20)
     #expect(
       try contents(of: folder("one.safetensors.zst"))
         == contents(of: folder("many.safetensors.zst")))
+    try expectUnpacks(folder("many.safetensors.zst"), as: source)
+    let codecs = try BundleSource(folder("many.safetensors.zst")).recipe.models[0].tensors
+      .map { "\($0.tensor.name) \($0.codec)" }
+    #expect(Set(codecs).isSuperset(of: ["d sparse", "experts.1.w ulp"]))
   }
 
   @Test func `takes its tensors in any order as well`() throws {
@@ -141,22 +148,53 @@ typealias Bundle = Checkpoints.Bundle
         "is kept as a difference from a base model that is not in the bundle",
         remedy: "name the base")
     ) { try alone.bytes(of: alone.tensor("w")) }
-    let wrong = try BundleSource(path, base: tuned)
-    #expect(
-      throws: CheckpointError(
-        file: tuned.path, tensor: "w", "is not what \(path) was packed against",
-        remedy: "name the base that it was packed with")
-    ) { try wrong.bytes(of: wrong.tensor("w")) }
+    let bare = try writeSafetensors(
+      [.weights("v", .bf16, [200, 200], seed: 1)], to: folder("bare.safetensors"))
+    for wrong in [tuned, bare] {
+      #expect(
+        throws: CheckpointError(
+          file: wrong.path, tensor: "w", "is not what \(path) was packed against",
+          remedy: "name the base that it was packed with")
+      ) { try BundleSource(path, base: wrong) }
+    }
   }
 
-  @Test(arguments: [Bundle.Lossy.int8, .int4, .sign1], [DType.bf16, .f32])
-  func `loses precision only on request and says how much`(lossy: Bundle.Lossy, dtype: DType) throws
-  {
+  @Test func `against a base outside compares each of its tensors before it is used`() throws {
+    let near = neighbours(3000)
+    func model(_ file: String, _ other: Sample) throws -> any TensorSource {
+      try writeSafetensors(
+        [
+          Sample("small", .bf16, [2000], Array(near.0.bytes[..<4000])),
+          Sample("w", .bf16, [3000], other.bytes),
+        ], to: folder(file))
+    }
+    let base = try model("base.safetensors", near.0)
+    let path = folder("b.safetensors.zst")
+    let tuned = try writeSafetensors(
+      [
+        Sample("small", .bf16, [2000], Array(near.1.bytes[..<4000])),
+        Sample("w", .bf16, [3000], near.1.bytes),
+      ], to: folder("tuned.safetensors"))
+    try Bundle.pack(tuned, against: base, to: path)
+    try expectUnpacks(path, as: tuned, base: base)
+    // The smallest tensor is the base's own, so that opening finds nothing.
+    let bundle = try BundleSource(path, base: try model("other.safetensors", near.1))
+    let error = CheckpointError(
+      file: folder("other.safetensors"), tensor: "w", "is not what \(path) was packed against",
+      remedy: "name the base that it was packed with")
+    #expect(throws: error) { try bundle.proveBase(workers: 2) }
+    #expect(throws: error) { try bundle.bytes(of: bundle.tensor("w")) }
+    try bundle.selecting { $0.name == "small" }.proveBase(workers: 2)
+  }
+
+  @Test(arguments: [Codec.int8, .int4, .sign1], [DType.bf16, .f32])
+  func `loses precision only on request and says how much`(codec: Codec, dtype: DType) throws {
+    let lossy: [Codec: Bundle.Lossy] = [.int8: .int8, .int4: .int4, .sign1: .sign1]
     let sample = Sample.weights("w", dtype, [301, 129], seed: 1)
     let source = try writeSafetensors(
       [sample, .weights("bias", dtype, [300], seed: 2)], to: folder("in.safetensors"))
     let path = folder("b.safetensors.zst")
-    try Bundle.pack(source, to: path, lossy: lossy)
+    try Bundle.pack(source, to: path, lossy: lossy[codec]!)
     let bundle = try BundleSource(path)
     try bundle.verify()
     #expect(try bundle.floats(of: "bias") == source.floats(of: "bias"))
@@ -165,14 +203,65 @@ typealias Bundle = Checkpoints.Bundle
     let squares = before.reduce(0.0) { $0 + pow(Double($1), 2) }
     let error = (errors / squares).squareRoot()
     let expected: ClosedRange<Double> =
-      switch lossy {
+      switch codec {
       case .int8: 0.003...0.012
       case .int4: 0.08...0.16
-      case .sign1: 0.58...0.63  // sqrt(1 − 2/π) = 0.603 for normal weights.
+      default: 0.58...0.63  // sqrt(1 − 2/π) = 0.603 for normal weights.
       }
     #expect(expected.contains(error), "\(error)")
     let entry = try #require(bundle.recipe.models[0].tensors.first)
     #expect(abs(Double(entry.error ?? "")! - error) < 1e-6)
+  }
+
+  @Test(arguments: [DType.bf16, .f32])
+  func `keeps a matrix as the product of two thin ones`(dtype: DType) throws {
+    // More than a block; the other tensors are no matrices, too small or not finite.
+    let source = try writeSafetensors(
+      [
+        .weights("w", dtype, [1100, 1000], seed: 1), .weights("long", dtype, [300], seed: 2),
+        .weights("small", dtype, [2, 3], seed: 3),
+        Sample("infinite", dtype, [64, 64], values: .init(repeating: .infinity, count: 4096)),
+      ], to: folder("in.safetensors"))
+    let left = (0..<2200).map { 1 + Float($0 % 7) / 8 }
+    let right = (0..<2000).map { Float($0 % 11 - 5) / 300 }
+    let path = folder("b.safetensors.zst")
+    let factorisation = Bundle.Factorisation(memory: { rows, columns in 4 * rows * columns }) {
+      (elements, columns, rank) in elements.count == 1_100_000 ? (left, right) : nil
+    }
+    try Bundle.pack(source, to: path, lossy: .lowRank(2, by: factorisation))
+
+    let bundle = try BundleSource(path)
+    try bundle.verify()
+    #expect(
+      bundle.recipe.models[0].tensors.map { $0.codec == .lowrank } == [true, false, false, false])
+    let product = (0..<1_100_000).map { i -> Float in
+      let (row, column) = (i / 1000, i % 1000)
+      let first = left[2 * row] * right[column]
+      return first + left[2 * row + 1] * right[1000 + column]
+    }
+    let expected = Sample("w", dtype, [1100, 1000], values: product)
+    #expect(try bundle.bytes(of: bundle.tensor("w")) == expected.bytes)
+    for name in ["long", "small", "infinite"] {
+      #expect(
+        try bundle.bytes(of: bundle.tensor(name)) == source.bytes(of: source.tensor(name)))
+    }
+    let before = try source.floats(of: "w")
+    let after = try bundle.floats(of: "w")
+    let errors = zip(before, after).reduce(0.0) { $0 + pow(Double($1.0 - $1.1), 2) }
+    let squares = before.reduce(0.0) { $0 + pow(Double($1), 2) }
+    let recorded = try #require(bundle.recipe.models[0].tensors.first?.error)
+    #expect(abs(try #require(Double(recorded)) - (errors / squares).squareRoot()) < 1e-6)
+    #expect(try FileManager.default.contentsOfDirectory(atPath: folder.path).count == 2)
+
+    #expect(
+      throws: CheckpointError(
+        file: source.path, tensor: "w",
+        "needs 4400000 bytes for its factors; the budget is 4399999",
+        remedy: "give it more with --memory, or lose precision in another way")
+    ) {
+      try Bundle.pack(
+        source, to: path, lossy: .lowRank(2, by: factorisation), memory: 4_399_999)
+    }
   }
 
   @Test func `reads normal weights in the space that theory allows`() throws {
@@ -196,6 +285,17 @@ typealias Bundle = Checkpoints.Bundle
       Sample("zeros", .u8, [2_100_000], [UInt8](repeating: 0, count: 2_100_000)),
       .pruned("w#gaps", .f64, [3000], seed: 11), .noise("#header", .bool, [3], seed: 12),
     ]
+  }
+
+  /// Two experts that differ by a hundredth.
+  private func neighbours(_ count: Int) -> (Sample, Sample) {
+    var generator = SeededGenerator(seed: 5)
+    let values = (0..<count).map { _ in generator.normal(0.02) }
+    let others = values.map { $0 + generator.normal(0.0002) }
+    return (
+      Sample("experts.0.w", .bf16, [count], values: values),
+      Sample("experts.1.w", .bf16, [count], values: others)
+    )
   }
 
   /// A base and a model that differs from it by a hundredth.

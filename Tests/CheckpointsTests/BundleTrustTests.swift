@@ -54,6 +54,8 @@ import Testing
         "has a recipe that is malformed: has the unknown field \"color\""
       ),
       (#"{\#(w),"codec":"int8","group":0}"#, "has groups of 0 elements"),
+      (#"{\#(w),"codec":"lowrank","parts":["w","w"]}"#, "is of rank 2"),
+      (#"{\#(w),"codec":"lowrank"}"#, "is of rank 0"),
       (
         #"{"name":"w","dtype":"BF16","shape":[9000000000000000000],"xxh3":"0000000000000000","codec":"raw"}"#,
         "has a recipe that is malformed: its shape is too large or not of whole bytes"
@@ -115,6 +117,10 @@ import Testing
         == CheckpointError(
           file: path, tensor: "w", "does not have the checksum that was recorded",
           remedy: "the bundle is damaged: get it again"))
+    let some = try BundleSource(path).selecting { $0.name == "w" }
+    #expect(throws: CheckpointError.self) {
+      try Checkpoint.write(some, to: folder("out.safetensors"))
+    }
     // A seek table that claims a frame of 4 GB.
     var bytes = try contents(of: path)
     let last = bytes.count - 9 - 8 - 4
@@ -183,18 +189,48 @@ extension `A bundle from a stranger` {
     } catch { return error as? CheckpointError }
   }
 
-  /// A bundle of a tensor for each of some codecs, and where the frames of each lie.
+  /// A bundle of a tensor for each of most codecs, and where the frames of each lie.
   private func smallBundle() throws -> (bytes: [UInt8], frames: [(String, Range<Int>)]) {
-    let weights = Sample.weights("w.0", .bf16, [30], seed: 1)
-    let near = Sample(
-      "w.1", .bf16, [30], weights.bytes.enumerated().map { $0 % 16 == 0 ? $1 ^ 1 : $1 })
-    let source = try writeSafetensors(
-      [weights, near, .pruned("s", .u16, [150], seed: 2)],
-      to: folder("in.safetensors"))
-    let path = folder("small.safetensors.zst")
-    try Bundle.pack(source, to: path)
+    func part(_ name: String, _ dtype: DType, _ shape: [Int], _ frames: [[UInt8]]) throws
+      -> (TensorInfo, [[UInt8]])
+    { (try TensorInfo(name: name, dtype: dtype, shape: shape), frames) }
+    let parts = try [
+      part("r", .u8, [3], [[1, 2, 3]]),
+      part("p", .u8, [2, 2], [[126, 127], [20, 35]]),
+      part("u", .u8, [2, 2], [[0, 0], [3, 4]]),
+      part("x", .u8, [2, 2], [[0, 0], [5, 6]]),
+      part("s#gaps", .u8, [2], [[1, 255]]), part("s#values", .u8, [2, 1], [[7], [8]]),
+      part("i", .i8, [16], [Array(1...16)]), part("i#scale", .f32, [1], [[0, 0, 128, 63]]),
+      part("l#left", .f32, [1, 1], [[0, 0, 64, 64]]),
+      part("l#right", .f32, [1, 1], [[0, 0, 160, 64]]),
+    ]
+    let entries = [
+      ("r", #""U8","shape":[3],"codec":"raw""#), ("p", #""BF16","shape":[2],"codec":"planes""#),
+      ("u", #""BF16","shape":[2],"codec":"ulp","reference":"p""#),
+      ("x", #""BF16","shape":[2],"codec":"xor","reference":"p""#),
+      ("s", #""U16","shape":[5],"codec":"sparse""#),
+      ("i", #""BF16","shape":[16],"codec":"int8","group":16"#),
+      ("l", #""BF16","shape":[1,1],"codec":"lowrank""#),
+    ]
+    let path = folder("b.safetensors.zst")
+    var checksums = entries.map { _ in UInt64(0) }
+    // Once to learn the checksums, once with them.
+    for _ in 0..<2 {
+      let list = zip(entries, checksums).map {
+        #"{"name":"\#($0.0)","dtype":\#($0.1),"xxh3":"\#(hexadecimal($1))"}"#
+      }
+      let inner = try Safetensors.Layout(
+        writing: Manifest(
+          parts.map { $0.0 }, metadata: ["bundle": recipe(list.joined(separator: ","))]), path: "")
+      let frames = inner.manifest.tensors.flatMap { tensor in
+        parts.first { $0.0 == tensor }!.1
+      }
+      try writeFrames([inner.prefix] + frames)
+      let bundle = try BundleSource(path)
+      checksums = try entries.map { try bundle.checksum(of: bundle.tensor($0.0)) }
+    }
+    #expect(problem(in: path) == nil)
     let file = try BundleFile(path, base: nil)
-    #expect(Set(file.tensors.map { $0.codec }).isSuperset(of: [.raw, .sparse]))
     let frames = file.tensors.flatMap { stored in
       stored.parts.flatMap { position in
         let part = file.parts[position]
@@ -261,7 +297,7 @@ extension `A bundle from a stranger` {
       let numbers = ["0", "1", "9", "4611686018427387904", "1048577", "-1"]
       bytes.replaceSubrange(digit...digit, with: numbers.randomElement(using: &generator)!.utf8)
     default:
-      let words = Codec.allCases.map { $0.rawValue } + ["BF16", "F32", "F4", "w.0", "s#gaps"]
+      let words = Codec.allCases.map { $0.rawValue } + ["BF16", "F32", "F4", "\"p\"", "s#gaps"]
       let found = words.compactMap { word in
         bytes.indices.first { bytes[$0...].starts(with: word.utf8) }.map { ($0, word.utf8.count) }
       }

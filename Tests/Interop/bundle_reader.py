@@ -1,73 +1,59 @@
-"""Reads Smelt's bundles with numpy and zstandard alone: NAME.safetensors.zst to arrays."""
+import functools, json
+import ml_dtypes, numpy as np
 
-import json
-
-import ml_dtypes  # noqa: F401  (gives numpy the names of the small floats)
-import numpy as np
-import zstandard
-
-TYPES = {"F64": "f8", "F32": "f4", "F16": "f2", "BF16": "bfloat16", "I64": "i8", "I32": "i4",
-         "I16": "i2", "I8": "i1", "U64": "u8", "U32": "u4", "U16": "u2", "U8": "u1", "BOOL": "?",
-         "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "C64": "c8"}
+TYPES = {"F64": "f8", "F32": "f4", "F16": "f2", "BF16": "bfloat16", "I64": "i8", "I32": "i4", "I16": "i2",
+         "I8": "i1", "U64": "u8", "U32": "u4", "U16": "u2", "U8": "u1", "BOOL": "?", "C64": "c8",
+         "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
+PARTS = {"sparse": ["#gaps", "#values"], "lowrank": ["#left", "#right"],
+         "int8": ["", "#scale"], "int4": ["", "#scale"], "sign1": ["", "#scale"]}
+CODES = {"int8": lambda q: q.ravel(), "sign1": lambda q: np.unpackbits(q, bitorder="little").astype("i1") * 2 - 1,
+         "int4": lambda q: np.stack([q & 15, q >> 4], 1).ravel().astype("i1") - 8}
 BLOCK = 1 << 20
 
-
-def join(planes, rotation):
-    """Planes of bytes, most significant first, to unsigned integers rotated back."""
+def join(planes, rotation):  # planes of bytes, most significant first, to unsigned integers
     w = len(planes)
     u = planes[::-1].T.copy().view(f"u{w}").ravel()
-    return u if rotation == 0 else (u >> rotation) | (u << (8 * w - rotation))
+    return u >> rotation | u << (8 * w - rotation) if rotation else u
 
-
-def add_steps(planes, reference):
-    """The floats so many steps from the reference's; steps are sorted by its leading byte."""
-    w, out = len(planes), reference.copy()
-    top = np.array(1 << (8 * w - 1), f"u{w}")
+def add_steps(codes, reference):  # steps from float to float, sorted by the reference's leading byte
+    bits, out = 8 * codes.itemsize, reference.copy()
+    top = np.array(1 << (bits - 1), codes.dtype)
     for b in range(0, out.size, BLOCK):
-        r, code = out[b:b + BLOCK], join(planes[:, b:b + BLOCK], 0)
-        order = np.argsort(((r << 1) | (r >> (8 * w - 1))) >> (8 * w - 8), kind="stable")
-        steps = np.empty_like(code)
-        steps[order] = (code >> 1) ^ -(code & 1)
+        r, code, steps = out[b:b + BLOCK], codes[b:b + BLOCK], np.empty_like(codes[b:b + BLOCK])
+        steps[np.argsort((r << 1 | r >> (bits - 1)) >> (bits - 8), kind="stable")] = code >> 1 ^ -(code & 1)
         value = np.where(r & top, ~r, r | top) + steps
         out[b:b + BLOCK] = np.where(value & top, value & ~top, ~value)
     return out
 
-
-def fill(gaps, values, count):
-    """Values between runs of zeros: gap 254 is a run without a value, 255 ends a block."""
-    places = []
+def fill(gaps, values, out):  # runs of zeros before values; 254 is a run without one, 255 ends a block
     for b, g in enumerate(np.split(gaps, np.flatnonzero(gaps == 255) + 1)[:-1]):
-        at = np.cumsum(np.where(g == 254, 254, g.astype(np.int64) + 1)) - 1
-        places.append(b * BLOCK + at[g < 254])
-    out = np.zeros(count, values.dtype)
-    out[np.concatenate(places)] = values
+        at = b * BLOCK + (np.cumsum(np.where(g == 254, 254, g.astype("i8") + 1)) - 1)[g < 254]
+        out[at], values = values[:len(at)], values[len(at):]
     return out
 
+def load(file, names=None, base={}):
+    """Tensors by name, of a bundle opened by pyzstd.SeekableZstdFile or decompressed by zstd -d."""
+    read = lambda begin, end: (file.seek(begin), file.read(end - begin))[1]
+    start = 8 + int.from_bytes(read(0, 8), "little")
+    header = json.loads(read(8, start))
+    models = json.loads(header["__metadata__"]["bundle"])["models"]
+    recipe = {"/".join(filter(None, [m["name"], t["name"]])): t for m in models for t in m["tensors"]}
 
-def load(path, base=None):
-    with open(path, "rb") as file:
-        raw = zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True).read()
-    n = int.from_bytes(raw[:8], "little")
-    header, body, result = json.loads(raw[8:8 + n]), memoryview(raw)[8 + n:], {}
-    part = lambda k: np.frombuffer(body[slice(*header[k]["data_offsets"])], TYPES[header[k]["dtype"]]).reshape(header[k]["shape"])
-    for model in json.loads(header["__metadata__"]["bundle"])["models"]:
-        for t in model["tensors"]:
-            name = "/".join(filter(None, [model["name"], t["name"]]))
-            dtype, shape, codec = np.dtype(TYPES[t["dtype"]]), t["shape"], t["codec"]
-            uint, count = f"u{dtype.itemsize}", int(np.prod(shape))
-            other = {"reference": result, "base": base or {}}
-            other = next((o[t[k]].view(uint).ravel() for k, o in other.items() if k in t), None)
-            suffixes = {"sparse": ["#gaps", "#values"], "int8": ["", "#scale"], "int4": ["", "#scale"], "sign1": ["", "#scale"]}
-            p = [part(k) for k in t.get("parts", [name + s for s in suffixes.get(codec, [""])])]
-            if codec == "raw": x = p[0]
-            elif codec == "planes": x = join(p[0], t.get("rotation", 1))
-            elif codec == "xor": x = join(p[0], 0) ^ other
-            elif codec == "ulp": x = add_steps(p[0], other)
-            elif codec == "sparse": x = fill(p[0], join(p[1], t.get("rotation", 1)), count)
-            else:
-                q = {"int8": lambda: p[0].ravel(),
-                     "int4": lambda: np.stack([p[0] & 15, p[0] >> 4], 1).ravel()[:count].astype("i1") - 8,
-                     "sign1": lambda: np.unpackbits(p[0], bitorder="little")[:count].astype("i1") * 2 - 1}[codec]()
-                x = (q.astype("f4") * np.repeat(p[1], t["group"])[:count]).astype(dtype)
-            result[name] = x.view(dtype).reshape(shape)
-    return result
+    def part(name):
+        dtype, shape, (begin, end) = (header[name][k] for k in ("dtype", "shape", "data_offsets"))
+        return np.frombuffer(read(start + begin, start + end), TYPES[dtype]).reshape(shape)
+
+    @functools.cache
+    def tensor(name):
+        t = recipe[name]
+        codec, dtype, count = t["codec"], np.dtype(TYPES[t["dtype"]]), int(np.prod(t["shape"]))
+        p = [part(k) for k in t.get("parts", [name + s for s in PARTS.get(codec, [""])])]
+        other = tensor(t["reference"]) if "reference" in t else base[t["base"]] if "base" in t else np.zeros(0)
+        other, rotation = other.ravel().view(f"u{dtype.itemsize}"), t.get("rotation", 1)
+        if codec in CODES: x = (CODES[codec](p[0])[:count].astype("f4") * np.repeat(p[1], t["group"])[:count]).astype(dtype)
+        elif codec == "lowrank": x = sum((l[:, None] * r for l, r in zip(p[0].T, p[1])), np.float32(0)).astype(dtype)
+        else: x = {"raw": lambda: p[0], "planes": lambda: join(p[0], rotation), "xor": lambda: join(p[0], 0) ^ other,
+                   "ulp": lambda: add_steps(join(p[0], 0), other),
+                   "sparse": lambda: fill(p[0], join(p[1], rotation), np.zeros(count, other.dtype))}[codec]()
+        return x.view(dtype).reshape(t["shape"])
+    return {name: tensor(name) for name in names or recipe}

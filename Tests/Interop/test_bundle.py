@@ -1,4 +1,4 @@
-"""Bundles read by zstandard, safetensors and forty lines of numpy."""
+"""Bundles read by pyzstd, zstandard, safetensors and less than sixty lines of numpy."""
 
 import json
 import os
@@ -9,8 +9,10 @@ import unittest
 from pathlib import Path
 
 import numpy as np
+import pyzstd
 import zstandard
 from safetensors import safe_open
+from safetensors.numpy import save_file
 
 sys.path.insert(0, str(Path(__file__).parent))
 import bundle_reader  # noqa: E402
@@ -49,14 +51,93 @@ def frames(data):
         place += size
 
 
+def recipe(bundle):
+    with pyzstd.SeekableZstdFile(bundle) as file:
+        header = file.read(int.from_bytes(file.read(8), "little"))
+    return json.loads(json.loads(header)["__metadata__"]["bundle"])
+
+
+class Counter:
+    """A file that counts the bytes that are read from it."""
+
+    def __init__(self, file):
+        self.file, self.count = file, 0
+
+    def read(self, *size):
+        data = self.file.read(*size)
+        self.count += len(data)
+        return data
+
+    def readinto(self, buffer):
+        count = self.file.readinto(buffer)
+        self.count += count
+        return count
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+
+class InnerFile:
+    """The safetensors file in a bundle, of which zstandard decompresses only the frames that are read."""
+
+    def __init__(self, path):
+        self.data, self.place, self.count = path.read_bytes(), 0, 0
+        count = int.from_bytes(self.data[-9:-5], "little")
+        table = np.frombuffer(self.data[-9 - 8 * count : -9], "<u4").reshape(-1, 2)
+        self.starts, self.offsets = np.pad(np.cumsum(table, 0, "i8"), ((1, 0), (0, 0))).T
+
+    def seek(self, place):
+        self.place = place
+
+    def read(self, size):
+        first, last = np.searchsorted(self.offsets, self.place, "right") - 1, np.searchsorted(self.offsets, self.place + size)
+        content = b""
+        for frame in range(first, last):
+            data = self.data[self.starts[frame] : self.starts[frame + 1]]
+            self.count += len(data)
+            content += zstandard.ZstdDecompressor().decompress(data)
+        begin = self.place - self.offsets[first]
+        return content[begin : begin + size]
+
+
+def finished(*arguments):
+    """A run of the command that has ended but still has its entry in /proc."""
+    process = subprocess.Popen([SMELT, *map(str, arguments)], stdout=subprocess.DEVNULL)
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    return process
+
+
+def bytes_read(*arguments):
+    process = finished(*arguments)
+    lines = Path(f"/proc/{process.pid}/io").read_text().splitlines()
+    assert process.wait() == 0
+    return int(next(line for line in lines if line.startswith("rchar")).split()[1])
+
+
+def peak_memory(*arguments):
+    """The high-water mark of the resident memory, asked while the command runs."""
+    process, peak = subprocess.Popen([SMELT, *map(str, arguments)], stdout=subprocess.DEVNULL), 0
+    while process.poll() is None:
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        peak = max([peak] + [int(line.split()[1]) << 10 for line in status.splitlines() if line.startswith("VmHWM")])
+        try:
+            process.wait(0.01)
+        except subprocess.TimeoutExpired:
+            pass
+    assert process.returncode == 0 and peak > 0
+    return peak
+
+
 class Bundles(unittest.TestCase):
     def setUp(self):
         folder = tempfile.TemporaryDirectory()
         self.addCleanup(folder.cleanup)
         self.out = Path(folder.name)
 
-    def assert_reads(self, bundle, source):
-        read, expected = bundle_reader.load(bundle), load_file(source)
+    def assert_reads(self, bundle, source, base={}):
+        with pyzstd.SeekableZstdFile(bundle) as file:
+            read = bundle_reader.load(file, base=base)
+        expected = load_file(source)
         self.assertEqual(read.keys(), expected.keys())
         for name, tensor in expected.items():
             self.assertEqual(read[name].tobytes(), tensor.tobytes(), name)
@@ -67,6 +148,102 @@ class Bundles(unittest.TestCase):
             bundle = self.out / "b.safetensors.zst"
             self.assertEqual(smelt("pack", source, bundle).returncode, 0)
             self.assert_reads(bundle, source)
+
+    def test_readme_prints_the_reader(self):
+        reader = Path(bundle_reader.__file__).read_text()
+        self.assertIn(f"```python\n{reader}```\n", (FIXTURES.parent / "README.md").read_text())
+        self.assertLess(len(reader.splitlines()), 60)
+
+    def test_numpy_reads_every_codec(self):
+        random = np.random.default_rng(1)
+        first = random.standard_normal((1100, 1000), dtype=np.float32)
+        pruned = np.where(random.random(first.shape) < 0.1, first, 0).astype(np.float32)
+        near = first + np.float32(1e-4) * random.standard_normal(first.shape, dtype=np.float32)
+        flipped = (first.view(np.uint32) ^ random.integers(0, 2, first.shape, np.uint32)).view(np.float32)
+        source = self.out / "in.safetensors"
+        tensors = {"raw": random.integers(0, 256, 100, np.uint8), "experts.0": first, "experts.1": near}
+        tensors |= {"pruned": pruned, "bits.0": first.view(np.int32) // 7, "bits.1": flipped.view(np.int32) // 7}
+        save_file(tensors, source)
+        codecs = set()
+        for lossy in [None, "int8", "int4", "sign1", "lowrank:3"]:
+            bundle, back = self.out / "b.safetensors.zst", self.out / "back.safetensors"
+            result = smelt("pack", source, bundle, *(["--lossy", lossy] if lossy else []))
+            self.assertEqual(result.returncode, 0, result.stderr)
+            smelt("unpack", bundle, "-o", back)
+            self.assert_reads(bundle, back)
+            codecs |= {t["codec"] for t in recipe(bundle)["models"][0]["tensors"]}
+        self.assertEqual(codecs, {"raw", "planes", "ulp", "xor", "sparse", "int8", "int4", "sign1", "lowrank"})
+
+    def test_numpy_reads_differences_from_a_base_outside(self):
+        base, tuned = (FIXTURES / f"digits/{name}.safetensors" for name in ["base", "upright"])
+        bundle = self.out / "b.safetensors.zst"
+        smelt("pack", tuned, bundle, "--against", base)
+        self.assertIn("base", {key for t in recipe(bundle)["models"][0]["tensors"] for key in t})
+        self.assert_reads(bundle, tuned, load_file(base))
+
+    def test_one_tensor_is_read_by_touching_only_its_frames(self):
+        random = np.random.default_rng(2)
+        tensors = {f"layers.{i}.w": random.standard_normal((700, 700), dtype=np.float32) for i in range(12)}
+        source, bundle = self.out / "in.safetensors", self.out / "b.safetensors.zst"
+        save_file(tensors, source)
+        smelt("pack", source, bundle)
+        size = bundle.stat().st_size
+        # pyzstd: what it asks of the file is counted.
+        with open(bundle, "rb", buffering=0) as raw:
+            counter = Counter(raw)
+            got = bundle_reader.load(pyzstd.SeekableZstdFile(counter), ["layers.7.w"])
+        np.testing.assert_array_equal(got["layers.7.w"], tensors["layers.7.w"])
+        self.assertLess(counter.count, size / 6)
+        # zstandard, with the seek table read by hand.
+        inner = InnerFile(bundle)
+        got = bundle_reader.load(inner, ["layers.7.w"])
+        np.testing.assert_array_equal(got["layers.7.w"], tensors["layers.7.w"])
+        self.assertLess(inner.count, size / 8)
+        # Smelt: what the kernel counts, of the output's check too.
+        one, whole = (bytes_read("unpack", bundle, *options, "-o", self.out / "out.safetensors")
+                      for options in [["--tensors", "layers.7.w"], []])
+        self.assertLess(one, size / 4)
+        self.assertGreater(whole, size)
+
+    def test_memory_is_bounded(self):
+        random = np.random.default_rng(3)
+        first = random.standard_normal(24 << 20, dtype=np.float32)
+        paths = [self.out / f"{name}.safetensors" for name in ["base", "one", "two"]]
+        for path in paths:
+            save_file({"w": first + np.float32(1e-3) * random.standard_normal(first.size, dtype=np.float32)}, path)
+        bundle = self.out / "b.safetensors.zst"
+        for budget in [1, 40, 150]:
+            options = ["--memory", f"{budget}MiB", "--jobs", 6]
+            peak = peak_memory("pack", "--base", paths[0], f"one={paths[1]}", f"two={paths[2]}", bundle, *options)
+            self.assertLess(peak, max(budget, 32) + 48 << 20)
+            peak = peak_memory("unpack", bundle, "--model", "two", "-o", self.out / "out.safetensors", *options)
+            self.assertLess(peak, max(budget, 32) + 48 << 20)
+        self.assertEqual((self.out / "out.safetensors").read_bytes(), paths[2].read_bytes())
+
+    def test_a_wrong_base_is_refused_with_both_names_and_leaves_nothing(self):
+        base, tuned, other = (FIXTURES / f"digits/{name}.safetensors" for name in ["base", "upright", "inverted"])
+        bundle, out = self.out / "b.safetensors.zst", self.out / "out.safetensors"
+        smelt("pack", tuned, bundle, "--against", base)
+        for wrong in [["--against", other], []]:
+            result = smelt("unpack", bundle, "-o", out, *wrong)
+            self.assertEqual(result.returncode, 1)
+            for name in [bundle, *wrong[1:]]:
+                self.assertIn(str(name), result.stderr)
+            self.assertEqual(list(self.out.iterdir()), [bundle])
+        self.assertEqual(smelt("unpack", bundle, "-o", out, "--against", base).returncode, 0)
+        self.assertEqual(out.read_bytes(), tuned.read_bytes())
+
+    def test_small_checkpoints_hardly_grow(self):
+        random = np.random.default_rng(4)
+        shapes = {"gate.weight": (3, 16), "base_model.weight": (8, 8), "task_vectors.0.weight": (8, 8), "norm": (16,)}
+        tensors = {
+            f"layers.{i}.mlp.{name}": random.standard_normal(shape, dtype=np.float32)
+            for i in range(4) for name, shape in shapes.items()
+        }
+        source, bundle = self.out / "in.safetensors", self.out / "b.safetensors.zst"
+        save_file(tensors, source)
+        smelt("pack", source, bundle)
+        self.assertLess(bundle.stat().st_size, 1.02 * source.stat().st_size)
 
     def test_numpy_and_smelt_read_the_stored_bundle(self):
         good = FIXTURES / "bundle/good.safetensors"

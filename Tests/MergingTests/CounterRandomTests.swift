@@ -53,4 +53,34 @@ import Testing
     #expect(Set(sequences.map { $0.words(at: 5) }).count == 4)
     #expect(sequences[0].words(at: 5) == CounterRandom(seed: 1, tensor: "a").words(at: 5))
   }
+
+  @Test(arguments: [(0, 64), (64, 1024), (1, 62), (63, 2), (100, 3000), (16_384, 33)])
+  func `elements have the words of their blocks`(first: Int, count: Int) {
+    let random = CounterRandom(seed: 11, tensor: "a.weight", stream: 2)
+    var words = [UInt32](repeating: 0, count: count)
+    var span = words.mutableSpan
+    random.fill(&span, fromElement: first)
+    #expect(words == (first..<first + count).map { random.word(ofElement: $0) })
+    // No word serves two elements.
+    #expect(Set(words).count == count)
+  }
+
+  @Test(arguments: [(0, 4096), (64, 1000), (7, 50), (130, 5000)], [0, 0.3, 0.999])
+  func `thinning keeps the elements whose words are below p`(
+    place: (first: Int, count: Int), p: Double
+  ) {
+    let random = CounterRandom(seed: 5, tensor: "b.weight")
+    let values = (0..<place.count).map { Float($0 % 97) - 48.5 }
+    let kept = values.enumerated().map { index, value in
+      Double(random.word(ofElement: place.first + index)) * 0x1p-32 < p ? value : 0
+    }
+    var thinned = values
+    var span = thinned.mutableSpan
+    random.thin(&span, from: place.first, keeping: p, scale: 3)
+    #expect(thinned == kept.map { $0 * 3 })
+    let sums = random.magnitudes(values.span, from: place.first, keeping: p)
+    func sum(_ values: [Float]) -> Double { values.reduce(0) { $0 + Double(abs($1)) } }
+    #expect(abs(sums.x - sum(values)) <= 1e-6 * sum(values))
+    #expect(abs(sums.y - sum(kept)) <= 1e-6 * sum(values))
+  }
 }

@@ -152,6 +152,47 @@ struct MethodTests {
     #expect(abs(share(448..<512) - (0.7 - 0.4 * 31.5 / 511)) < 0.04)
   }
 
+  /// Equal magnitudes, and a row of one element.
+  @Test(arguments: [1, 2, 300], [0, 8] as [Float])
+  func `DELLA draws by the rank in the row, lowest index first`(length: Int, steps: Float) throws {
+    let count = length * 7
+    let delta = Self.values(count, models: 0, seed: 21, steps: steps)[0]
+    var merge = SingleTensorMerge(
+      method: "della_linear", base: delta.map { _ in 0 }, models: [delta], shape: [7, length],
+      perModel: ["weight": [1], "density": [0.5], "epsilon": [0.3]])
+    merge.shared["rescale"] = .flag(false)
+    let random = CounterRandom(seed: 0, tensor: "layers.0.weight")
+    var expected = delta
+    for start in stride(from: 0, to: count, by: length) {
+      let row = start..<start + length
+      for (rank, i) in row.sorted(by: { (abs(delta[$0]), $0) < (abs(delta[$1]), $1) }).enumerated()
+      {
+        let probability =
+          length == 1 ? 0.5 : Float(0.5 - 0.3) + Float(rank) / Float(length - 1) * 2 * Float(0.3)
+        let uniform = Float(random.word(ofElement: i) >> 8) * 0x1p-24
+        if uniform >= probability { expected[i] = 0 }
+      }
+    }
+    #expect(try merge.result() == expected)
+  }
+
+  @Test(arguments: [1, 15, 16, 17, 40])
+  func `an election and a weighted sum of any width`(count: Int) throws {
+    let values = Self.values(count, models: 3, seed: 22, steps: 4)
+    let deltas = values[1...].map { zip($0, values[0]).map { $0 - $1 } }
+    let weights: [Float] = [0.5, 0.3, 0.7]
+    let elected = merge("ties", values, shape: [count])
+    #expect(
+      try elected.result()
+        == zip(values[0], consensus(deltas, weights, normalize: true)).map(+))
+    let summed = merge("task_arithmetic", values, shape: [count])
+    #expect(
+      try summed.result()
+        == (0..<count).map { i in
+          values[0][i] + (0..<3).reduce(Float(0)) { $0 + deltas[$1][i] * weights[$1] }
+        })
+  }
+
   @Test func `DELLA refuses probabilities beyond 0 and 1`() throws {
     let values = Self.values(4, models: 1, seed: 1)
     var merge = merge("della", values, shape: [4], weights: [1])

@@ -108,6 +108,38 @@ struct RecipeTests {
       "r.yml, line 3: a tokenizer of the union of all vocabularies is not supported; use base or the path of a model"
     ),
     (
+      "{\n\t\"merge_method\": \"linear\",\n\t\"models\": [\n\t\t{\"model\": \"a\",\n\t\t \"parameters\": {\n\t\t\t\"wieght\": 1}}]}",
+      "r.yml, line 6: linear has no parameter \"wieght\"; did you mean weight?"
+    ),
+    (
+      "merge_method: linear\nmodels: [{model: a}]\nchat_template: llama3",
+      "r.yml, line 3: chat_template \"llama3\" is not known; write the template itself, or chatml, or leave it out to keep the model's own"
+    ),
+    (
+      "merge_method: linear\nmodels: [{model: a}]\ntokenizer:\n  source: base\n  tokens: {x: {source: a}}",
+      "r.yml, line 5: tokenizer.tokens is not supported"
+    ),
+    (
+      "merge_method: linear\nmodels: [{model: a}]\ntokenizer:\n  source: a\n  pad_to_multiple_of: 8",
+      "r.yml, line 5: tokenizer.pad_to_multiple_of is not supported"
+    ),
+    (
+      "merge_method: linear\nmodels: [{model: a}]\ntokenizer_source: base\ntokenizer: {source: a}",
+      "r.yml, line 4: the recipe has tokenizer and tokenizer_source; keep one of them"
+    ),
+    (
+      "merge_method: linear\nmodels:\n  - model:\n      model: a\n      lora: b",
+      "r.yml, line 5: lora is not supported"
+    ),
+    (
+      "merge_method: linear\nmodels:\n  - model:\n      model: {path: a, revision: main}",
+      "r.yml, line 4: a revision is not supported; name the folder it is in"
+    ),
+    (
+      "merge_method: linear\nslices:\n  - sources: [{model: a, layer_range: [0, 1]}]\n    residual_weight: 1",
+      "r.yml, line 4: residual_weight is not supported; mergekit ignores it as well"
+    ),
+    (
       "merge_method: linear\nmodels: [{model: a}]\ndtype: int8",
       "r.yml, line 3: \"int8\" is not a type that can be computed with; known are bfloat16, float16, float32, float64"
     ),

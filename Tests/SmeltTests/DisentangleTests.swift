@@ -159,6 +159,15 @@ struct DisentangleTests {
     #expect(result.errors.contains("smelt: nothing was cleaned: the penalty 9 is at or above"))
   }
 
+  @Test func `a descent that overshoots is said`() throws {
+    let result = try smelt(
+      ["disentangle"] + Self.family
+        + ["-o", folder("x.h5"), "--clean", "awd-model,scope=tensor,penalty=none,rate=50"])
+    #expect(result.code == 0)
+    #expect(result.errors.contains("smelt: the descent overshot: the mean |cos| rose from 0."))
+    #expect(result.errors.contains("; lower the rate, or use optimizer=converged\n"))
+  }
+
   @Test(arguments: ["awd-model", "awd-model,scope=block", "awd-row,optimizer=converged"])
   func `upscale cleans in every scope and says so in the mixture`(clean: String) throws {
     let result = try smelt(

@@ -165,6 +165,74 @@ struct MergeCommandTests {
     #expect(try folder.names == ["a", "b", "recipe.yml"])
   }
 
+  @Test func `a dry run lists the tensors if they are few, or if asked`() throws {
+    try makeModel("a", seed: 1, layers: 30)
+    try makeModel("b", seed: 2, layers: 30)
+    let recipe = try write(Self.linear)
+    let short = try smelt("merge", "--dry-run", recipe, folder("out"))
+    #expect(short.code == 0, "\(short.errors)")
+    #expect(!short.output.contains("layers.7."))
+    #expect(short.output.contains("  32 of the tensors: 2 inputs, 1 pass\n"))
+    #expect(short.output.hasSuffix("if it is killed, --resume goes on with it\n"))
+    let long = try smelt("merge", "--dry-run", "--verbose", recipe, folder("out.h5"))
+    #expect(long.output.contains("\"model.layers.7.mlp.up_proj.weight\""))
+    #expect(
+      long.output.hasSuffix(
+        "if it is killed, it begins anew: only folders and .safetensors files can be resumed\n"))
+  }
+
+  @Test(arguments: ["out.h5", "out.npz"])
+  func `an output that cannot be resumed refuses --resume`(name: String) throws {
+    try makeModel("a", seed: 1)
+    try makeModel("b", seed: 2)
+    let result = try smelt("merge", "--resume", try write(Self.linear), folder(name))
+    #expect(result.code == 1)
+    #expect(
+      result.errors
+        == "Error: \(folder(name)): cannot be resumed: only folders and .safetensors files can; merge without --resume\n"
+    )
+  }
+
+  @Test func `the tokenizer may come from another model of the same vocabulary`() throws {
+    for (name, seed) in [("a", 1), ("b", 2), ("c", 3)] { try makeModel(name, seed: seed) }
+    try Data("tokens of a".utf8).write(to: URL(filePath: folder("c/vocab.txt")))
+    try Data("{}".utf8).write(to: URL(filePath: folder("c/tokenizer_config.json")))
+    let recipe = try write(Self.linear + "\ntokenizer_source: @c\nchat_template: '{{ m }}'")
+    let result = try smelt("merge", "--quiet", recipe, folder("out"))
+    #expect(result.code == 0, "\(result.errors)")
+    #expect(result.errors == "")
+    #expect(try text("out/vocab.txt") == "tokens of a")
+    #expect(try text("out/tokenizer_config.json") == "{}")
+    #expect(try text("out/chat_template.jinja") == "{{ m }}")
+
+    let file = try smelt("merge", "--quiet", recipe, folder("out.safetensors"))
+    #expect(file.code == 0)
+    #expect(
+      file.errors
+        == "smelt: \(folder("out.safetensors")) is a file of tensors: the recipe's tokenizer and chat_template are left out\n"
+    )
+    let over = try smelt("merge", "--force", recipe, folder("c"))
+    #expect(over.code == 1)
+    #expect(over.errors.contains("is also an input"))
+  }
+
+  @Test func `a tokenizer of another vocabulary is refused, and a folder without one`() throws {
+    for (name, seed) in [("a", 1), ("b", 2), ("c", 3)] { try makeModel(name, seed: seed) }
+    let recipe = try write(Self.linear + "\ntokenizer_source: @c")
+    for arguments in [[], ["--dry-run"]] {
+      let result = try smelt(["merge"] + arguments + [recipe, folder("out")])
+      #expect(result.code == 1)
+      #expect(
+        result.errors
+          == "Error: \(folder("c/vocab.txt")): has another vocabulary than \(folder("a/vocab.txt")); only models of one vocabulary can be merged; use tokenizer_source: base\n"
+      )
+    }
+    try FileManager.default.removeItem(atPath: folder("c/vocab.txt"))
+    let none = try smelt("merge", recipe, folder("out"))
+    #expect(none.code == 1)
+    #expect(none.errors.contains("\(folder("c")): has no tokenizer that the recipe could take"))
+  }
+
   @Test func `a folder with files in it is only replaced with --force`() throws {
     try makeModel("a", seed: 1)
     try makeModel("b", seed: 2)

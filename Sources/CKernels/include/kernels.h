@@ -36,8 +36,52 @@ void smelt_gram_add(const float *rows, size_t stride, size_t columns, size_t ord
 /// sum[i] = fma(values[i], weight, sum[i]): fused here, because it is asked for.
 void smelt_accumulate(float *sum, const float *values, float weight, size_t count);
 
-/// The words of `count` consecutive blocks of Philox4x32-10, four a block, from `first` on.
-void smelt_philox(uint64_t key, uint64_t sequence, uint64_t first, uint32_t *words, size_t count);
+/// The random words of a tensor's elements: Philox4x32-10 with this key, whose counters are a
+/// block's number and the sequence. Sixteen blocks serve a group of 64 elements: element e has
+/// word e / 16 mod 4 of block 16 (e / 64) + e mod 16.
+struct smelt_draws {
+  uint64_t key, sequence;
+};
+
+/// The words of elements `first` to `first + count`.
+void smelt_draw(const struct smelt_draws *draws, uint64_t first, uint32_t *words, size_t count);
+
+/// Multiplies by `scale` the values whose words are below `threshold`, and sets the others to 0.
+void smelt_thin(const struct smelt_draws *draws, uint64_t first, uint32_t threshold, float scale,
+                float *values, size_t count);
+
+/// Adds Σ|values| to sums[0], and to sums[1] the part whose words are below `threshold`. Sixteen
+/// float lanes over blocks of 1024, folded into double.
+void smelt_sum_thinned(const struct smelt_draws *draws, uint64_t first, uint32_t threshold,
+                       const float *values, size_t count, double sums[2]);
+
+/// Keeps a value whose uniform number is below its probability and sets the others to 0. The
+/// probability is lowest + 2 · epsilon · rank / (count − 1), of the rank among the magnitudes, the
+/// lowest index first; `only` if there is one value. `scratch` has room for 2 · count numbers.
+void smelt_thin_by_rank(float *values, size_t count, const float *uniforms, float only,
+                        float lowest, float epsilon, uint64_t *scratch);
+
+/// Counts the values by the upper 16 of the 31 bits of their magnitudes. Returns the lower bits
+/// that any of them has set.
+uint32_t smelt_count_upper(const float *values, size_t count, int64_t *counts);
+
+/// Counts by the lower 15 bits the values whose upper bits are uppers[k], from counts[k << 15] on.
+void smelt_count_lower(const float *values, size_t count, const uint32_t *uppers, size_t order,
+                       int64_t *counts);
+
+/// How many magnitudes have the bits of `one`, and of `other`.
+void smelt_count_equal(const float *values, size_t count, uint32_t one, uint32_t other,
+                       size_t counts[2]);
+
+/// sums = Σ weighted rows.
+void smelt_weigh(const float *rows, size_t stride, size_t order, const float *weights,
+                 size_t columns, float *sums);
+
+/// The same of those values only whose sign is that of all together, where zero's is plus; a
+/// value of zero has none. All together are the rows' sum, weighted if `weighs_votes`. `agreed`,
+/// unless it is null, becomes the sum of the weights of the values that count.
+void smelt_elect(const float *rows, size_t stride, size_t order, const float *weights,
+                 bool weighs_votes, size_t columns, float *sums, float *agreed);
 
 /// Σ|values|, in sixteen float lanes over blocks of 1024 that are folded into double.
 double smelt_sum_magnitudes(const float *values, size_t count);

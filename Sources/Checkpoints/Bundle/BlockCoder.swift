@@ -8,7 +8,7 @@ final class BlockCoder {
   /// What is split into planes, if it is not the elements themselves.
   private let codes: PinnedBytes
   private let gaps = PinnedBytes(count: Gaps.largest(Codec.blockCount))
-  private let content = PinnedBytes(count: ZstdFrame.contentSize)
+  let content = PinnedBytes(count: ZstdFrame.contentSize)
   private lazy var groups = GroupReader()
   /// How the block that was read last becomes planes, and the length of its gaps.
   private var split = Split()
@@ -29,15 +29,15 @@ final class BlockCoder {
   }
 
   /// Bytes that the buffers take.
-  static func memory(width: Int, isLossy: Bool) -> Int {
-    3 * width * Codec.blockCount + 3 << 20 + (isLossy ? GroupReader.memory : 0)
+  static func memory(width: Int, isQuantised: Bool) -> Int {
+    3 * width * Codec.blockCount + 3 << 20 + (isQuantised ? GroupReader.memory : 0)
   }
 
   /// Reads what frames `index` of the tensor's streams are made from.
   func read(_ index: Int, of planned: Packing.Planned) throws(CheckpointError) {
     let (tensor, codec) = (planned.tensor, planned.choice.codec)
     // These two are read frame by frame instead.
-    guard codec != .raw, !codec.isLossy else { return }
+    guard codec != .raw, !codec.isQuantised else { return }
     let width = tensor.dtype.byteWidth
     let begin = index * Codec.blockCount
     let count = min(Codec.blockCount, tensor.elementCount - begin)
@@ -65,6 +65,7 @@ final class BlockCoder {
         width: width, count: lengths.values, rotation: planned.choice.rotation, isCoded: true,
         gaps: lengths.gaps)
     case .raw, .int8, .int4, .sign1: preconditionFailure("read frame by frame")
+    case .lowrank: preconditionFailure("its factors have been found already")
     }
   }
 
@@ -81,7 +82,7 @@ final class BlockCoder {
         planned.tensor, at: index * ZstdFrame.contentSize, into: content.part(0..<size))
       return content.first(size)
     }
-    if codec.isLossy {
+    if codec.isQuantised {
       try quantise(index, of: planned, isScale: stream == 1, size)
       return content.first(size)
     }

@@ -58,8 +58,10 @@ extension Bundle {
     let reference: Reference?
     /// For `planes` and `sparse`: how far elements are rotated.
     let rotation: Int
-    /// For the lossy codecs: elements that share a scale.
+    /// For the quantised codecs: elements that share a scale.
     let group: Int
+    /// For `lowrank`.
+    let rank: Int
 
     /// Tensor bytes that are coded together.
     var blockSize: Int { tensor.dtype.byteWidth * Codec.blockCount }
@@ -117,7 +119,7 @@ extension Bundle.Contents {
       throw malformed(name, "has \(names.count) parts instead of \(codec.suffixes.count)")
     }
     let group = entry.group ?? 1
-    guard codec.isLossy ? group >= Quantisation.smallestGroup : entry.group == nil else {
+    guard codec.isQuantised ? group >= Quantisation.smallestGroup : entry.group == nil else {
       throw malformed(name, "has groups of \(group) elements")
     }
     let rotation = entry.rotation ?? 1
@@ -131,15 +133,20 @@ extension Bundle.Contents {
         throw malformed(name, "has too many values")
       }
     }
+    let rank = codec == .lowrank ? inner[names[0]]?.shape.last ?? 0 : 1
+    guard codec != .lowrank || ThinProduct.isAllowed(rank, of: tensor) else {
+      throw malformed(name, "is of rank \(rank)")
+    }
     var parts: [Int] = []
-    for (partName, shape) in zip(names, codec.parts(of: tensor, sparse: lengths, group: group)) {
+    let shapes = codec.parts(of: tensor, sparse: lengths, group: group, rank: rank)
+    for (partName, shape) in zip(names, shapes) {
       parts.append(
         try claim(partName, as: shape, blocks: Codec.blocks(of: tensor), of: name))
     }
     return Bundle.Stored(
       tensor: tensor, codec: codec, checksum: entry.checksum, parts: parts,
       reference: try reference(of: entry, tensor), rotation: rotation,
-      group: group)
+      group: group, rank: rank)
   }
 
   /// What the entry refers to: an earlier tensor like it that refers to none, so that no chain

@@ -5,11 +5,9 @@ final class BundleFile: Sendable {
   let path: String
   let models: [Model]
   let frames: FrameFile
-  private let contents: Bundle.Contents
-  /// The model that tensors may be differences from, if the user has named one.
-  private let base: (any TensorSource)?
-  /// The base's tensors whose checksums have been found right.
-  private let provenBases = Mutex<Set<ExactName>>([])
+  let contents: Bundle.Contents
+  /// The model outside that tensors may be differences from.
+  let base: ProvenBase
   /// Readers that no thread is using; there are never more than there were threads at once.
   private let idle = Mutex<[BlockReader]>([])
 
@@ -29,7 +27,6 @@ final class BundleFile: Sendable {
 
   init(_ path: String, base: (any TensorSource)?) throws(CheckpointError) {
     frames = try FrameFile(path)
-    self.base = base
     self.path = path
     let reader = BlockReader(blockSize: 0)
     let inner = try Self.readHeader(frames, reader)
@@ -41,6 +38,7 @@ final class BundleFile: Sendable {
     let recipe = try Bundle.Recipe(parsing: json, file: path)
     contents = try Bundle.Contents(recipe, inner, frames.table, path: path)
     models = try Self.models(contents, frames, reader)
+    self.base = try ProvenBase(base, of: contents.tensors, path: path)
   }
 
   /// The inner file's header, from the first frames.
@@ -145,171 +143,10 @@ extension BundleFile {
     }
     return reader ?? BlockReader(blockSize: tensors.map { $0.blockSize }.max() ?? 0)
   }
-
-  /// Decodes a whole block of a tensor.
-  private func decode(
-    _ block: Int, of index: Int, into bytes: UnsafeMutableRawBufferPointer, _ reader: BlockReader
-  ) throws(CheckpointError) {
-    let stored = tensors[index]
-    switch stored.codec {
-    case .raw:
-      let part = contents.parts[stored.parts[0]]
-      let first = block * (stored.blockSize >> 20)
-      for begin in stride(from: 0, to: bytes.count, by: ZstdFrame.contentSize) {
-        let end = min(begin + ZstdFrame.contentSize, bytes.count)
-        try frames.decode(
-          part.frame(first + begin >> 20, of: 0), of: stored.tensor, reader,
-          into: UnsafeMutableRawBufferPointer(rebasing: bytes[begin..<end]))
-      }
-    case .planes:
-      try decodePlanes(block, of: stored, part: 0, rotation: stored.rotation, into: bytes, reader)
-    case .xor:
-      try decodePlanes(block, of: stored, part: 0, rotation: 0, into: bytes, reader)
-      let other = reader.elements.part(0..<bytes.count)
-      try decodeReference(block, of: stored, into: other, reader)
-      exclusiveOr(
-        bytes.baseAddress!, with: UnsafeRawPointer(other.baseAddress!), count: bytes.count)
-    case .ulp:
-      try decodeReference(block, of: stored, into: bytes, reader)
-      let codes = reader.elements.part(0..<bytes.count)
-      try decodePlanes(block, of: stored, part: 0, rotation: 0, into: codes, reader)
-      let width = stored.tensor.dtype.byteWidth
-      Steps.add(
-        UnsafeRawPointer(codes.baseAddress!), count: bytes.count / width, width: width,
-        to: bytes.baseAddress!)
-    case .sparse: try decodeSparse(block, of: stored, into: bytes, reader)
-    case .int8, .int4, .sign1: try decodeLossy(block, of: stored, into: bytes, reader)
-    }
-  }
-
-  /// Reads the planes' frames of a block into the reader, 1 MiB apart.
-  private func readPlanes(
-    _ block: Int, of stored: Bundle.Stored, part: Int, count: Int, _ reader: BlockReader
-  ) throws(CheckpointError) {
-    let part = contents.parts[stored.parts[part]]
-    for plane in 0..<part.streams {
-      try frames.decode(
-        part.frame(block, of: plane), of: stored.tensor, reader,
-        into: reader.planes.part(plane << 20..<plane << 20 + count))
-    }
-  }
-
-  private func decodePlanes(
-    _ block: Int, of stored: Bundle.Stored, part: Int, rotation: Int,
-    into bytes: UnsafeMutableRawBufferPointer, _ reader: BlockReader
-  ) throws(CheckpointError) {
-    let width = stored.tensor.dtype.byteWidth
-    try readPlanes(block, of: stored, part: part, count: bytes.count / width, reader)
-    Planes.join(
-      reader.planes.octets, stride: 1 << 20, count: bytes.count / width, width: width,
-      rotation: rotation, into: bytes.baseAddress!)
-  }
-
-  private func decodeSparse(
-    _ block: Int, of stored: Bundle.Stored, into bytes: UnsafeMutableRawBufferPointer,
-    _ reader: BlockReader
-  ) throws(CheckpointError) {
-    let (gaps, values) = (contents.parts[stored.parts[0]], contents.parts[stored.parts[1]])
-    let width = stored.tensor.dtype.byteWidth
-    let gapCount = frames.table.contentSizes[gaps.frame(block, of: 0)]
-    let valueCount = frames.table.contentSizes[values.frame(block, of: 0)]
-    try frames.decode(
-      gaps.frame(block, of: 0), of: stored.tensor, reader, into: reader.octets.part(0..<gapCount))
-    let target = reader.elements.part(0..<valueCount * width)
-    if valueCount > 0 {
-      try decodePlanes(block, of: stored, part: 1, rotation: stored.rotation, into: target, reader)
-    }
-    let fits = Gaps.read(
-      UnsafeBufferPointer(start: reader.octets.octets, count: gapCount),
-      values: UnsafeRawPointer(reader.elements.start), valueCount: valueCount, width: width,
-      into: bytes.baseAddress!, count: bytes.count / width)
-    guard fits else {
-      throw CheckpointError(
-        file: path, tensor: stored.tensor.name, "has gaps that do not fit its values",
-        remedy: "the bundle was not made as its format says")
-    }
-  }
-
-  private func decodeLossy(
-    _ block: Int, of stored: Bundle.Stored, into bytes: UnsafeMutableRawBufferPointer,
-    _ reader: BlockReader
-  ) throws(CheckpointError) {
-    let count = bytes.count / stored.tensor.dtype.byteWidth
-    let first = block * Codec.blockCount
-    let groups = first / stored.group...(first + count - 1) / stored.group
-    try readStream(
-      contents.parts[stored.parts[1]], of: stored.tensor,
-      4 * groups.lowerBound..<4 * groups.upperBound + 4, into: reader.scales.start, reader)
-    let begin = block * Quantisation.codedSize(Codec.blockCount, stored.codec)
-    try readStream(
-      contents.parts[stored.parts[0]], of: stored.tensor,
-      begin..<begin + Quantisation.codedSize(count, stored.codec), into: reader.elements.start,
-      reader)
-    let scales = reader.scales.start.assumingMemoryBound(to: Float.self)
-    let values = UnsafeMutableBufferPointer(
-      start: reader.floats.start.assumingMemoryBound(to: Float.self), count: count)
-    Quantisation.decode(
-      UnsafePointer(reader.elements.octets), stored.codec,
-      scale: { scales[(first + $0) / stored.group - groups.lowerBound] }, into: values)
-    var target = MutableRawSpan(_unsafeBytes: bytes)
-    stored.tensor.dtype.encode(Span(_unsafeElements: UnsafeBufferPointer(values)), into: &target)
-  }
-
-  /// Reads some bytes of a part's only stream.
-  private func readStream(
-    _ part: Bundle.Part, of tensor: TensorInfo, _ range: Range<Int>,
-    into bytes: UnsafeMutableRawPointer, _ reader: BlockReader
-  ) throws(CheckpointError) {
-    for index in range.lowerBound >> 20...(range.upperBound - 1) >> 20 {
-      let size = frames.table.contentSizes[part.frame(index, of: 0)]
-      let content = reader.octets.part(0..<size)
-      try frames.decode(part.frame(index, of: 0), of: tensor, reader, into: content)
-      let wanted = range.clamped(to: index << 20..<index << 20 + size)
-      (bytes + (wanted.lowerBound - range.lowerBound)).copyMemory(
-        from: content.baseAddress! + (wanted.lowerBound - index << 20), byteCount: wanted.count)
-    }
-  }
-
-  /// Decodes the block of the tensor that `stored` differs from.
-  private func decodeReference(
-    _ block: Int, of stored: Bundle.Stored, into bytes: UnsafeMutableRawBufferPointer,
-    _ reader: BlockReader
-  ) throws(CheckpointError) {
-    switch stored.reference! {
-    case .inside(let position): try decode(block, of: position, into: bytes, reader)
-    case .base(let name, let checksum):
-      let base = try provenBase(name, checksum, of: stored)
-      try base.source.read(base.tensor, at: block * stored.blockSize, into: bytes)
-    }
-  }
-
-  /// The base's tensor, once it has been found to be the one that the bundle was made with.
-  private func provenBase(_ name: String, _ checksum: UInt64, of stored: Bundle.Stored)
-    throws(CheckpointError) -> (source: any TensorSource, tensor: TensorInfo)
-  {
-    guard let base else {
-      throw CheckpointError(
-        file: path, tensor: stored.tensor.name,
-        "is kept as a difference from a base model that is not in the bundle",
-        remedy: "name the base")
-    }
-    let tensor = try base.tensor(name)
-    if provenBases.withLock({ $0.contains(ExactName(name)) }) { return (base, tensor) }
-    guard tensor.dtype == stored.tensor.dtype,
-      tensor.elementCount == stored.tensor.elementCount,
-      try base.checksum(of: tensor) == checksum
-    else {
-      throw CheckpointError(
-        file: base.path, tensor: name, "is not what \(path) was packed against",
-        remedy: "name the base that it was packed with")
-    }
-    provenBases.withLock { _ = $0.insert(ExactName(name)) }
-    return (base, tensor)
-  }
 }
 
 extension FrameFile {
-  fileprivate func decode(
+  func decode(
     _ index: Int, of tensor: TensorInfo?, _ reader: BlockReader,
     into content: UnsafeMutableRawBufferPointer
   ) throws(CheckpointError) {
@@ -333,29 +170,5 @@ extension FrameFile {
       }
     }
     return bytes
-  }
-}
-
-/// What one thread at a time decodes blocks with.
-private final class BlockReader: @unchecked Sendable {
-  // Sound: readers are shared through a lock and each is with one thread at a time.
-  let decoder = FrameDecoder()
-  let compressed = PinnedBytes(count: ZstdFrame.largest)
-  /// The streams of a block, 1 MiB apart.
-  let planes: PinnedBytes
-  /// Values of a sparse block, coded elements, or a reference's block.
-  let elements: PinnedBytes
-  /// One frame's bytes.
-  let octets = PinnedBytes(count: ZstdFrame.contentSize)
-  let floats = PinnedBytes(count: 4 * Codec.blockCount)
-  let scales = PinnedBytes(count: 4 * (Codec.blockCount / Quantisation.smallestGroup + 2))
-  /// The block that was last read in pieces.
-  let block: PinnedBytes
-  var held: (tensor: Int, block: Int)?
-
-  init(blockSize: Int) {
-    planes = PinnedBytes(count: blockSize)
-    elements = PinnedBytes(count: blockSize)
-    block = PinnedBytes(count: blockSize)
   }
 }

@@ -4,8 +4,8 @@ extension Bundle {
   /// - Parameters:
   ///   - base: a model that stays outside: tensors may be kept as differences from its own.
   ///   - lossy: how to code matrices if not exactly; other tensors stay exact.
-  ///   - memory: bytes that the workers' buffers may take; fewer workers run if it is too
-  ///     little for all.
+  ///   - memory: bytes that buffers may take; fewer workers run if it is too little for all.
+  ///     One runs however little it is.
   public static func pack(
     _ source: any TensorSource, against base: (any TensorSource)? = nil, to path: String,
     lossy: Lossy? = nil, workers: Int = 2, memory: Int = 1 << 30
@@ -36,17 +36,9 @@ extension Bundle {
     to path: String, lossy: Lossy?, _ workers: Int, _ memory: Int
   ) throws {
     let packing = try Packing(
-      models, against: base, path, lossy: lossy?.codec,
-      workers: max(1, min(workers, memory / Survey.memory)))
+      models, against: base, path, lossy: lossy, workers: workers, memory: memory)
     let affordable = max(1, min(workers, memory / packing.memoryPerWorker))
     try packing.write(
       workers: affordable, waiting: max(0, memory - affordable * packing.memoryPerWorker))
-  }
-
-  /// Codings that lose precision: an integer times a scale. The recipe records the error.
-  public enum Lossy: String, Sendable, CaseIterable {
-    case int8, int4, sign1
-
-    var codec: Codec { Codec(rawValue: rawValue)! }
   }
 }

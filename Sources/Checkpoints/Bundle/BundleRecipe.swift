@@ -26,7 +26,7 @@ extension Bundle {
       var reference: Reference?
       /// For `planes` and `sparse`: how far elements are rotated, if not by 1.
       var rotation: Int?
-      /// For the lossy codecs: elements that share a scale.
+      /// For the quantised codecs: elements that share a scale.
       var group: Int?
       /// For the lossy codecs: the root mean square of the errors over that of the values.
       var error: String?

@@ -8,8 +8,8 @@ public final class BundleSource: TensorSource {
   public let path: String
   public let manifest: Manifest
   private let file: BundleFile
-  /// Where this source's tensors begin among the file's.
-  private let first: Int
+  /// Where each of this source's tensors is among the file's.
+  private let positions: [Int]
 
   /// Opens a bundle. The tensors of one that holds several models are named `MODEL/TENSOR`.
   ///
@@ -21,18 +21,18 @@ public final class BundleSource: TensorSource {
   private init(_ file: BundleFile) {
     self.file = file
     path = file.path
-    first = 0
+    positions = Array(file.tensors.indices)
     let models = file.models
     manifest =
       models.count == 1 && models[0].name.isEmpty
       ? models[0].manifest : Manifest(file.tensors.map { $0.tensor })
   }
 
-  private init(_ file: BundleFile, model: BundleFile.Model) {
+  private init(_ file: BundleFile, _ manifest: Manifest, _ positions: [Int]) {
     self.file = file
     path = file.path
-    first = model.first
-    manifest = model.manifest
+    self.positions = positions
+    self.manifest = manifest
   }
 
   /// The names of the models; of a single checkpoint the empty name.
@@ -45,7 +45,22 @@ public final class BundleSource: TensorSource {
         file: path, "holds no model \(quoted(name))",
         remedy: "it holds \(models.map(quoted).joined(separator: ", "))")
     }
-    return BundleSource(file, model: model)
+    let count = model.manifest.tensors.count
+    return BundleSource(file, model.manifest, Array(model.first..<model.first + count))
+  }
+
+  /// The tensors for which `isIncluded` is true.
+  public func selecting(_ isIncluded: (TensorInfo) -> Bool) -> BundleSource {
+    let chosen = manifest.tensors.indices.filter { isIncluded(manifest.tensors[$0]) }
+    guard chosen.count < positions.count else { return self }
+    return BundleSource(
+      file, Manifest(chosen.map { manifest.tensors[$0] }, metadata: manifest.metadata),
+      chosen.map { positions[$0] })
+  }
+
+  /// Where one of its tensors is among the file's.
+  private func position(of tensor: TensorInfo) -> Int {
+    positions[manifest.position(of: tensor.name)!]
   }
 
   /// How everything in the bundle is coded.
@@ -58,7 +73,7 @@ public final class BundleSource: TensorSource {
     throws(CheckpointError)
   {
     precondition(offset >= 0 && offset + buffer.byteCount <= tensor.byteCount)
-    let index = first + manifest.position(of: tensor.name)!
+    let index = position(of: tensor)
     let file = file
     try buffer.withUnsafeMutableBytes { (bytes) throws(CheckpointError) in
       try file.read(index, at: offset, into: bytes)
@@ -66,6 +81,21 @@ public final class BundleSource: TensorSource {
   }
 
   public func checkUnchanged() throws(CheckpointError) { try file.frames.checkUnchanged() }
+
+  /// Compares all that these tensors need of the base with what the bundle was packed against.
+  ///
+  /// Reading a tensor does so too; this finds out before anything is done with another.
+  public func proveBase(workers: Int) throws {
+    try file.base.prove(for: positions.map { file.tensors[$0] }, workers: workers)
+  }
+
+  /// Bytes that a worker takes to decode and to hold a piece of a tensor.
+  public var memoryPerWorker: Int {
+    let blockSize = file.tensors.reduce(1 << 20) { max($0, $1.blockSize) }
+    return BlockReader.memory(blockSize: blockSize) + Self.pieceSize
+  }
+
+  private static let pieceSize = 4 << 20
 
   /// Decodes every tensor and compares it with its checksum.
   public func verify(workers: Int = 2) throws {
@@ -92,8 +122,9 @@ public final class BundleSource: TensorSource {
     of tensors: [TensorInfo], workers: Int,
     _ body: @Sendable (TensorInfo, Int, RawSpan) throws -> Void
   ) throws {
-    for tensor in tensors { _ = try self.tensor(tensor.name) }
-    let pieces = Pieces(of: tensors, size: 4 << 20)
+    let stored = try tensors.map { file.tensors[position(of: try tensor($0.name))] }
+    try file.base.prove(for: stored, workers: workers)
+    let pieces = Pieces(of: tensors, size: Self.pieceSize)
     let turnstile = Turnstile()
     // Touched only in the turnstile, by one thread at a time and in order.
     let running = RunningChecksum()
@@ -109,8 +140,7 @@ public final class BundleSource: TensorSource {
         try turnstile.pass(step) {
           let value = running.update(bytes, isFirst: range.lowerBound == 0)
           guard range.upperBound == tensor.byteCount else { return }
-          let index = first + manifest.position(of: tensor.name)!
-          guard value == file.tensors[index].checksum else {
+          guard value == file.tensors[position(of: tensor)].checksum else {
             throw CheckpointError(
               file: path, tensor: tensor.name, "does not have the checksum that was recorded",
               remedy: "the bundle is damaged: get it again")

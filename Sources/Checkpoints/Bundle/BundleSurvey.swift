@@ -9,8 +9,11 @@ extension Bundle {
     var differences: [(choice: Choice, candidate: Candidate)] = []
     /// For each block the lengths of its gaps and of its values, for `sparse`.
     var sparse: [(gaps: Int, values: Int)] = []
-    /// For the lossy codecs.
+    /// For the quantised codecs.
     var group: Int?
+    /// For `lowrank`: where its factors wait, and their rank.
+    var factors: (left: Int, right: Int, rank: Int)?
+    /// For the lossy codecs.
     var error: Double?
   }
 
@@ -45,7 +48,7 @@ extension Bundle {
     private lazy var block = PinnedBytes(count: 8 * Codec.blockCount)
     private lazy var blockValues = PinnedBytes(count: 8 * Codec.blockCount)
     private lazy var blockGaps = PinnedBytes(count: Gaps.largest(Codec.blockCount))
-    private lazy var groups = GroupReader()
+    lazy var groups = GroupReader()
 
     /// Elements that are tried, in pieces from all over the tensor.
     private static let sampleCount = 1 << 16
@@ -61,11 +64,11 @@ extension Bundle {
 extension Bundle.Survey {
   func look(
     at tensor: TensorInfo, of source: any TensorSource, _ candidates: [Bundle.Candidate],
-    lossy: Codec?
-  ) throws(CheckpointError) -> Bundle.Finding {
-    if let lossy, let finding = try quantise(tensor, source, lossy) {
+    _ lossy: Bundle.Lossy?, _ factors: FactorFile?
+  ) throws -> Bundle.Finding {
+    if let lossy, let finding = try approximate(tensor, source, lossy, factors) {
       // Its checksum is of what it becomes; what it is has to be what was recorded.
-      _ = try source.checksum(of: tensor)
+      if source.recordedChecksum(of: tensor) != nil { _ = try source.checksum(of: tensor) }
       return finding
     }
     var finding = Bundle.Finding()
@@ -172,7 +175,7 @@ extension Bundle.Survey {
       values.part(0..<size).copyMemory(from: sample.first(size))
       exclusiveOr(values.start, with: UnsafeRawPointer(other.start), count: size)
       addPlanes(of: values, count, rotation: 0)
-    case .int8, .int4, .sign1: preconditionFailure("lossy codecs are not tried out")
+    case .int8, .int4, .sign1, .lowrank: preconditionFailure("lossy codecs are not tried out")
     }
     return choice
   }
@@ -180,11 +183,12 @@ extension Bundle.Survey {
   private func bestMode(for content: UnsafeRawBufferPointer) -> (cost: Int, ZstdFrame.Mode) {
     let literals = encoder.encode(content, .literals, into: frame.bytes)
     let matches = encoder.encode(content, .matches, into: frame.bytes)
-    // What is stored is unpacked at the speed of memory, so a few bytes are no reason.
-    if min(literals, matches) >= content.count - content.count / 200 {
-      return (content.count, .stored)
-    }
-    return literals <= matches + matches / 200 ? (literals, .literals) : (matches, .matches)
+    let (cost, mode): (Int, ZstdFrame.Mode) =
+      // What is stored is unpacked at the speed of memory, so a few bytes are no reason.
+      min(literals, matches) >= content.count - content.count / 200
+      ? (ZstdFrame.storedSize(content.count), .stored)
+      : literals <= matches + matches / 200 ? (literals, .literals) : (matches, .matches)
+    return (cost + SeekTable.costOfFrame, mode)
   }
 
   /// The lengths of every block's gaps and values, unless a block does not fit a frame.
@@ -204,34 +208,5 @@ extension Bundle.Survey {
       counts.append(lengths)
     }
     return counts
-  }
-
-  /// What lossy coding makes of the tensor, unless it cannot be coded so.
-  private func quantise(_ tensor: TensorInfo, _ source: any TensorSource, _ codec: Codec)
-    throws(CheckpointError) -> Bundle.Finding?
-  {
-    guard codec.suits(tensor.dtype), let group = Quantisation.group(of: tensor, codec),
-      group <= Codec.blockCount
-    else { return nil }
-    let checksum = Checksum()
-    var (errors, squares) = (0.0, 0.0)
-    var isFinite = true
-    try groups.forEachGroup(of: tensor, source, size: group, in: 0..<tensor.elementCount) {
-      (index, values) in
-      let scale = Quantisation.scale(of: values, codec)
-      isFinite = isFinite && scale.isFinite
-      guard isFinite else { return }
-      let result = groups.lossy(values, codec, scale, tensor.dtype)
-      checksum.update(result.bytes)
-      for (value, approximation) in zip(values, result.values) {
-        errors += Double(value - approximation) * Double(value - approximation)
-        squares += Double(value) * Double(value)
-      }
-    }
-    guard isFinite else { return nil }
-    let modes: [ZstdFrame.Mode] = [codec == .sign1 ? .stored : .literals, .stored]
-    return Bundle.Finding(
-      checksum: checksum.value, own: Bundle.Choice(codec: codec, modes: modes, cost: 0),
-      group: group, error: squares == 0 ? 0 : (errors / squares).squareRoot())
   }
 }

@@ -16,15 +16,19 @@ enum Codec: String, Sendable, CaseIterable {
   case int4
   /// Lossy: signs times a scale for each group of elements.
   case sign1
+  /// Lossy: the product of two thin matrices: see `ThinProduct`.
+  case lowrank
 
   var needsReference: Bool { self == .ulp || self == .xor }
-  var isLossy: Bool { self == .int8 || self == .int4 || self == .sign1 }
+  /// Small integers times scales.
+  var isQuantised: Bool { self == .int8 || self == .int4 || self == .sign1 }
+  var isLossy: Bool { isQuantised || self == .lowrank }
 
   /// Whether tensors of this type can be coded so.
   func suits(_ dtype: DType) -> Bool {
     switch self {
     case .raw: true
-    case .planes, .int8, .int4, .sign1: dtype.isArithmetic
+    case .planes, .int8, .int4, .sign1, .lowrank: dtype.isArithmetic
     case .sparse, .xor: dtype.bitWidth >= 8
     case .ulp: dtype.isFloat
     }
@@ -71,16 +75,18 @@ extension Codec {
     case .raw, .planes, .ulp, .xor: [""]
     case .sparse: ["#gaps", "#values"]
     case .int8, .int4, .sign1: ["", "#scale"]
+    case .lowrank: ["#left", "#right"]
     }
   }
 
   /// The inner tensors of a tensor that is coded so.
   /// - Parameters:
   ///   - sparse: the lengths of the gaps and of the values, for `sparse`.
-  ///   - group: the elements that share a scale, for the lossy ones.
-  func parts(of tensor: TensorInfo, sparse: (gaps: Int, values: Int) = (0, 0), group: Int = 1)
-    -> [PartShape]
-  {
+  ///   - group: the elements that share a scale, for the quantised ones.
+  ///   - rank: the shorter side of both factors, for `lowrank`.
+  func parts(
+    of tensor: TensorInfo, sparse: (gaps: Int, values: Int) = (0, 0), group: Int = 1, rank: Int = 1
+  ) -> [PartShape] {
     let (width, count) = (tensor.dtype.byteWidth, tensor.elementCount)
     func scaled(_ dtype: DType, _ shape: [Int]) -> [PartShape] {
       let groups = count / group + (count % group == 0 ? 0 : 1)
@@ -105,6 +111,12 @@ extension Codec {
     case .int8: return scaled(.i8, tensor.shape)
     case .int4: return scaled(.u8, [count / 2 + count % 2])
     case .sign1: return scaled(.u8, [count / 8 + (count % 8 == 0 ? 0 : 1)])
+    case .lowrank:
+      let (rows, columns) = ThinProduct.shape(of: tensor)
+      return [
+        PartShape(suffix: "#left", dtype: .f32, shape: [rows, rank], streams: 1),
+        PartShape(suffix: "#right", dtype: .f32, shape: [rank, columns], streams: 1),
+      ]
     }
   }
 }

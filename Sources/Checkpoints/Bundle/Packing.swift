@@ -3,6 +3,8 @@ struct Packing: Sendable {
   /// All that is read.
   let inputs: [any TensorSource]
   let path: String
+  /// Where the factors of low-rank tensors wait.
+  let factors: FactorFile?
   var tensors: [Planned] = []
   /// All streams, in the order of the file.
   var streams: [Stream] = []
@@ -61,9 +63,10 @@ struct Packing: Sendable {
 
   init(
     _ models: [(name: String, source: any TensorSource)], against base: (any TensorSource)?,
-    _ path: String, lossy: Codec?, workers: Int
+    _ path: String, lossy: Bundle.Lossy?, workers: Int, memory: Int
   ) throws {
     self.path = path
+    factors = if case .lowRank = lossy { try FactorFile(for: path) } else { nil }
     inputs = models.map { $0.source } + (base.map { [$0] } ?? [])
     for (name, source) in models {
       for tensor in source.manifest.tensors {
@@ -71,7 +74,7 @@ struct Packing: Sendable {
         tensors.append(Planned(tensor: tensor, fullName: fullName, source: source))
       }
     }
-    try survey(against: base, lossy, workers: workers)
+    try survey(against: base, lossy, workers: surveyors(lossy, workers, memory))
     try settle()
     try layOut(models)
   }

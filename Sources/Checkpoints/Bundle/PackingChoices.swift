@@ -2,9 +2,10 @@ import Synchronization
 
 extension Packing {
   /// Looks at all tensors, several at a time.
-  mutating func survey(against base: (any TensorSource)?, _ lossy: Codec?, workers: Int)
+  mutating func survey(against base: (any TensorSource)?, _ lossy: Bundle.Lossy?, workers: Int)
     throws
   {
+    let factors = factors
     let candidates = candidates(against: base)
     let tensors = tensors
     let findings = Mutex([Bundle.Finding?](repeating: nil, count: tensors.count))
@@ -12,12 +13,33 @@ extension Packing {
       Bundle.Survey()
     } body: { step, survey in
       let finding = try survey.look(
-        at: tensors[step].tensor, of: tensors[step].source, candidates[step], lossy: lossy)
+        at: tensors[step].tensor, of: tensors[step].source, candidates[step], lossy, factors)
       findings.withLock { $0[step] = finding }
     }
     findings.withLock {
       for (index, finding) in $0.enumerated() { self.tensors[index].finding = finding! }
     }
+  }
+
+  /// How many workers have room in memory to look at tensors.
+  func surveyors(_ lossy: Bundle.Lossy?, _ workers: Int, _ memory: Int) throws(CheckpointError)
+    -> Int
+  {
+    let affordable = max(1, min(workers, memory / Bundle.Survey.memory))
+    guard case .lowRank(let rank, let factorisation) = lossy else { return affordable }
+    func need(_ planned: Planned) -> Int {
+      let (rows, columns) = ThinProduct.shape(of: planned.tensor)
+      return factorisation.memory(rows, columns)
+    }
+    let matrices = tensors.filter { ThinProduct.suits($0.tensor, rank: rank) }
+    guard let largest = matrices.max(by: { need($0) < need($1) }) else { return affordable }
+    guard need(largest) <= memory else {
+      throw CheckpointError(
+        file: largest.source.path, tensor: largest.tensor.name,
+        "needs \(need(largest)) bytes for its factors; the budget is \(memory)",
+        remedy: "give it more with --memory, or lose precision in another way")
+    }
+    return min(affordable, memory / need(largest))
   }
 
   /// For each tensor those that it may resemble: the base's of the same name, and the first ones

@@ -57,7 +57,8 @@ extension Packing {
       $0.values += $1.values
     }
     let shapes = choice.codec.parts(
-      of: planned.tensor, sparse: lengths, group: finding.group ?? 1)
+      of: planned.tensor, sparse: lengths, group: finding.group ?? 1,
+      rank: finding.factors?.rank ?? 1)
     var next = 0
     return shapes.map { shape in
       let part = try! TensorInfo(name: "", dtype: shape.dtype, shape: shape.shape)

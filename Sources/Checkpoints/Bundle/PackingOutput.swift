@@ -56,8 +56,8 @@ extension Packing {
 
   /// What a worker's buffers take, whichever codecs it meets.
   var memoryPerWorker: Int {
-    let isLossy = tensors.contains { $0.choice.codec.isLossy }
-    return FrameMaker.memory(width: widest, isLossy: isLossy)
+    let isQuantised = tensors.contains { $0.choice.codec.isQuantised }
+    return FrameMaker.memory(width: widest, isQuantised: isQuantised)
   }
 
   /// Bytes of the widest elements.
@@ -97,6 +97,12 @@ extension Packing {
     case .bytes(let bytes):
       let begin = place * ZstdFrame.contentSize
       bytes[begin..<begin + size].withUnsafeBytes { maker.encode($0, stream.mode, into: frame) }
+    case .coded(let position, let number) where tensors[position].finding.factors != nil:
+      let (left, right, _) = tensors[position].finding.factors!
+      let content = maker.coder.content.part(0..<size)
+      try factors!.read(
+        at: (number == 0 ? left : right) + place * ZstdFrame.contentSize, into: content)
+      maker.encode(UnsafeRawBufferPointer(content), stream.mode, into: frame)
     case .coded(let position, let number):
       let planned = tensors[position]
       if isFirst { try maker.coder.read(place, of: planned) }
@@ -129,8 +135,9 @@ private final class FrameMaker {
   init(width: Int) { coder = BlockCoder(width: width) }
 
   /// Bytes that it takes, with a frame in hand.
-  static func memory(width: Int, isLossy: Bool) -> Int {
-    BlockCoder.memory(width: width, isLossy: isLossy) + FrameEncoder.memory + ZstdFrame.largest
+  static func memory(width: Int, isQuantised: Bool) -> Int {
+    BlockCoder.memory(width: width, isQuantised: isQuantised) + FrameEncoder.memory
+      + ZstdFrame.largest
   }
 
   func encode(_ content: UnsafeRawBufferPointer, _ mode: ZstdFrame.Mode, into frame: Frame) {

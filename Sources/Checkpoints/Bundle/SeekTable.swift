@@ -12,6 +12,9 @@ struct SeekTable: Sendable {
   private static let footerMagic: UInt32 = 0x8F92_EAB1
   private static let footerSize = 9
 
+  /// Bytes that the tables take for a frame.
+  static let costOfFrame = 12
+
   init() {}
 
   var count: Int { contentSizes.count }

@@ -7,6 +7,12 @@ internal import CZstd
 enum ZstdFrame {
   /// What every frame but the last of a stream holds.
   static let contentSize = 1 << 20
+  /// The size of a frame whose content, so many bytes, is stored as it is.
+  static func storedSize(_ count: Int) -> Int {
+    let blocks = max(1, (count + 1 << 17 - 1) >> 17)
+    return 4 + 1 + (count < 256 ? 1 : count < 65_792 ? 2 : 4) + 3 * blocks + count + 4
+  }
+
   /// No frame is larger: the worst case of compression.
   static let largest = ZSTD_compressBound(contentSize)
 

@@ -10,6 +10,8 @@ final class FlatSource: TensorSource {
   private let file: MappedFile
   /// The checksums of the manifest's tensors, if the file records them.
   private let checksums: TensorChecksums?
+  /// `nil` if the file is small or was in memory before it was opened: there it stays.
+  private let behind: ReadBehind?
 
   /// - Precondition: every tensor lies within the file; the format has checked it.
   init(
@@ -22,6 +24,17 @@ final class FlatSource: TensorSource {
     self.manifest = manifest
     self.offsets = offsets
     self.file = file
+    behind =
+      file.size < 64 << 20 || file.isCached
+      ? nil
+      : ReadBehind(
+        of: zip(manifest.tensors, offsets).map { $1..<$1 + $0.byteCount }, fileSize: file.size)
+  }
+
+  func forget(_ bytes: Range<Int>, of tensor: TensorInfo) {
+    guard let behind else { return }
+    let start = offsets[manifest.position(of: tensor.name)!]
+    behind.forget(start + bytes.lowerBound..<start + bytes.upperBound, of: file)
   }
 
   func read(_ tensor: TensorInfo, at offset: Int, into buffer: inout MutableRawSpan)

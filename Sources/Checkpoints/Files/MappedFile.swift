@@ -90,5 +90,18 @@ final class MappedFile: @unchecked Sendable {
 
   func checkUnchanged() throws(CheckpointError) { try file.checkUnchanged(since: stamp) }
 
+  /// Whether the file seems to be in memory already: most of a sample of its pages are.
+  var isCached: Bool {
+    guard let base else { return true }
+    let page = Int(getpagesize())
+    let samples = 64
+    let cached = (0..<samples).count { sample in
+      var state: UInt8 = 0
+      let address = base + size / samples * sample / page * page
+      return mincore(address, page, &state) == 0 && state & 1 == 1
+    }
+    return cached > samples / 2
+  }
+
   func dropCache(at offset: Int, count: Int) { file.dropCache(at: offset, count: count) }
 }

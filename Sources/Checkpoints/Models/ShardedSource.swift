@@ -86,6 +86,10 @@ final class ShardedSource: TensorSource {
     try shards[places[manifest.position(of: tensor.name)!]].read(tensor, at: offset, into: &buffer)
   }
 
+  func forget(_ bytes: Range<Int>, of tensor: TensorInfo) {
+    shards[places[manifest.position(of: tensor.name)!]].forget(bytes, of: tensor)
+  }
+
   /// Each file knows best how to verify itself.
   func verifyData(workers: Int) throws -> Verification {
     var damaged = Set<ExactName>()

@@ -109,14 +109,10 @@ struct GramWeighted: TensorMerge {
   }
 
   func merge(_ tile: inout Tile, at position: Int, into output: inout Tile) {
-    output.clear(row: 0)
     switch group {
-    case .tensor:
-      for (model, row) in rows.enumerated() {
-        output.add(
-          tile, row: row, to: 0, times: weights![model], columns: 0..<tile.columns)
-      }
+    case .tensor: output.weigh(tile, from: rows.lowerBound, weights: weights!)
     case .row(let length):
+      output.clear(row: 0)
       for start in stride(from: 0, to: tile.columns, by: length) {
         var gram = GramMatrix(order: order)
         gram.add(
@@ -128,6 +124,7 @@ struct GramWeighted: TensorMerge {
         }
       }
     case .column(let length):
+      output.clear(row: 0)
       var result = output.mutableRow(0)
       for (model, row) in rows.enumerated() {
         let values = tile[row]

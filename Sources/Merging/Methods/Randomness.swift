@@ -1,3 +1,5 @@
+import CKernels
+
 /// Where the random choices of a merge come from.
 public enum Randomness: Sendable {
   /// A function of seed, tensor, model and element: neither order nor tiling shows in it.
@@ -6,58 +8,64 @@ public enum Randomness: Sendable {
   /// begins at `start`.
   case mersenne(MersenneStream, start: Int)
 
-  /// Keeps each element with probability `p` and sets the others to zero.
+  /// Keeps each element with probability `p` and multiplies it by `scale`; sets the others to 0.
   ///
   /// - Parameters:
-  ///   - draw: the number of the row's first element among all draws of the tensor's row.
+  ///   - position: the number of the first element in its tensor.
+  ///   - rowStart: the number of the row's first draw among those of the tensor.
   func thin(
-    _ values: inout MutableSpan<Float>, keeping p: Double, tensor: String, model: Int,
-    position: Int, rowStart: Int
+    _ values: inout MutableSpan<Float>, keeping p: Double, scale: Float, tensor: String,
+    model: Int, position: Int, rowStart: Int
   ) {
     switch self {
     case .counter(let seed):
       let random = CounterRandom(seed: seed, tensor: tensor, stream: UInt64(model))
-      // word · 2⁻³² < p, in whole numbers; p = 1 is never asked for.
-      let threshold = UInt32(min(max(0, p), 1 - 0x1p-32) * 0x1p32)
-      withWords(random, from: position, count: values.count) { words in
-        for i in values.indices { values[i] = words[i] < threshold ? values[i] : 0 }
-      }
+      random.thin(&values, from: position, keeping: p, scale: scale)
     case .mersenne(let stream, let start):
       let threshold = Float(p)
       stream.withDraws(from: start + rowStart + position, count: values.count) { draws in
-        for i in values.indices where !(Float(draws[i] & 0xFF_FFFF) * 0x1p-24 < threshold) {
-          values[i] = 0
+        for i in values.indices {
+          let isKept = Float(draws[i] & 0xFF_FFFF) * 0x1p-24 < threshold
+          values[i] = isKept ? values[i] * scale : 0
         }
       }
     }
   }
 
-  /// A number of [0, 1) for one element, for choices with a probability of their own.
+  /// Σ|values|, and what is left of it when they are thinned.
+  func magnitudes(
+    _ values: Span<Float>, keeping p: Double, tensor: String, model: Int, position: Int,
+    rowStart: Int
+  ) -> SIMD2<Double> {
+    switch self {
+    case .counter(let seed):
+      let random = CounterRandom(seed: seed, tensor: tensor, stream: UInt64(model))
+      return random.magnitudes(values, from: position, keeping: p)
+    case .mersenne:
+      var kept = Array(values.indices).map { values[$0] }
+      var span = kept.mutableSpan
+      thin(
+        &span, keeping: p, scale: 1, tensor: tensor, model: model, position: position,
+        rowStart: rowStart)
+      return SIMD2(sumOfMagnitudes(values), sumOfMagnitudes(kept.span))
+    }
+  }
+
+  /// A number of [0, 1) for each element, for choices with a probability of their own.
   func uniforms(
-    _ count: Int, tensor: String, model: Int, position: Int, rowStart: Int,
-    _ body: (_ index: Int, _ uniform: Float) -> Void
+    _ values: inout MutableSpan<Float>, tensor: String, model: Int, position: Int, rowStart: Int
   ) {
     switch self {
     case .counter(let seed):
       let random = CounterRandom(seed: seed, tensor: tensor, stream: UInt64(model))
-      withWords(random, from: position, count: count) { words in
-        for i in 0..<count { body(i, Float(words[i] >> 8) * 0x1p-24) }
-      }
+      var words = [UInt32](repeating: 0, count: values.count)
+      var span = words.mutableSpan
+      random.fill(&span, fromElement: position)
+      for i in values.indices { values[i] = Float(span[i] >> 8) * 0x1p-24 }
     case .mersenne(let stream, let start):
-      stream.withDraws(from: start + rowStart + position, count: count) { draws in
-        for i in 0..<count { body(i, Float(draws[i] & 0xFF_FFFF) * 0x1p-24) }
+      stream.withDraws(from: start + rowStart + position, count: values.count) { draws in
+        for i in values.indices { values[i] = Float(draws[i] & 0xFF_FFFF) * 0x1p-24 }
       }
     }
-  }
-
-  /// The words of consecutive elements: element e has word e mod 4 of block e / 4.
-  private func withWords(
-    _ random: CounterRandom, from position: Int, count: Int, _ body: (Span<UInt32>) -> Void
-  ) {
-    let skipped = position % 4
-    var words = [UInt32](repeating: 0, count: (skipped + count + 3) / 4 * 4)
-    var span = words.mutableSpan
-    random.fill(&span, from: UInt64(position / 4))
-    body(words.span.extracting(skipped..<skipped + count))
   }
 }

@@ -30,8 +30,8 @@ struct SelectCalculateErase: TensorMerge {
     fileprivate var squares: [Double]
   }
 
-  /// Row 1: the sums whose signs win, or the variances; row 2: the weights that agreed.
-  var scratchRows: Int { 2 }
+  /// Row 1: the variances, and then the weights that agreed.
+  var scratchRows: Int { 1 }
   var isReady: Bool { weights != nil }
   var observingPasses: Int { share < 1 ? 2 + RankBand.largestNumberOfPasses : 1 }
 
@@ -102,13 +102,9 @@ struct SelectCalculateErase: TensorMerge {
 
   func merge(_ tile: inout Tile, at position: Int, into output: inout Tile) {
     select(&tile, at: position, scratch: &output)
-    for row in 0..<3 { output.clear(row: row) }
-    for row in rows { output.add(tile, row: row, to: 1) }
-    for (model, row) in rows.enumerated() {
-      output.addAgreeingProducts(
-        tile, row: row, weight: weights![model], sum: 0, signs: 1, weights: 2)
-    }
-    output.divide(row: 0, byRow: 2, atLeast: 1e-6)
+    output.elect(
+      tile, from: rows.lowerBound, weights: weights!, weighsVotes: false, agreed: 1)
+    output.divide(row: 0, byRow: 1, atLeast: 1e-6)
   }
 }
 

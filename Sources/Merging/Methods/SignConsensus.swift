@@ -169,7 +169,8 @@ struct SignConsensus: TensorMerge {
   var grain: Int {
     masks.contains { if case .ranked = $0 { true } else { false } } ? rowLength : givenGrain
   }
-  var scratchRows: Int { electsSigns ? 2 : 0 }
+  /// Row 1 of the output holds the weights that agreed.
+  var scratchRows: Int { electsSigns && normalizes ? 1 : 0 }
   private var bandsAreKnown: Bool { masks.allSatisfy { $0.isKnown } }
   var isReady: Bool { bandsAreKnown && scales != nil }
 
@@ -195,11 +196,23 @@ struct SignConsensus: TensorMerge {
           band.observe(tile[row], into: &observation.bands[model])
         }
       } else if !masks[model].isTrivial {
-        let before = sumOfMagnitudes(tile[row])
-        sparsify(&tile, row: row, model: model, at: position)
-        observation.norms[model] += SIMD2(before, sumOfMagnitudes(tile[row]))
+        observation.norms[model] += magnitudes(&tile, row: row, model: model, at: position)
       }
     }
+  }
+
+  /// Σ|d| of a row, before and after it is sparsified; the row may be worked in.
+  private func magnitudes(_ tile: inout Tile, row: Int, model: Int, at position: Int)
+    -> SIMD2<Double>
+  {
+    if case .random(let p) = masks[model] {
+      return randomness.magnitudes(
+        tile[row], keeping: p, tensor: name, model: model, position: position,
+        rowStart: drawStarts[model])
+    }
+    let before = sumOfMagnitudes(tile[row])
+    sparsify(&tile, row: row, model: model, at: position, scale: 1)
+    return SIMD2(before, sumOfMagnitudes(tile[row]))
   }
 
   func combine(_ next: Observation, into total: inout Observation) {
@@ -238,80 +251,65 @@ struct SignConsensus: TensorMerge {
     return weights.map { $0 * factor }
   }
 
-  private func sparsify(_ tile: inout Tile, row: Int, model: Int, at position: Int) {
-    var values = tile.mutableRow(row)
+  /// Sets to zero what a row loses, and multiplies the rest by `scale`.
+  private func sparsify(
+    _ tile: inout Tile, row: Int, model: Int, at position: Int, scale: Float
+  ) {
     switch masks[model] {
     case .all: break
-    case .none: for i in values.indices { values[i] = 0 }
+    case .none: tile.clear(row: row)
     case .band(let band):
+      var values = tile.mutableRow(row)
       band.restrict(&values, tile: position / Tile.width(grain: grain))
     case .random(let p):
-      randomness.thin(
-        &values, keeping: p, tensor: name, model: model, position: position,
+      var values = tile.mutableRow(row)
+      return randomness.thin(
+        &values, keeping: p, scale: scale, tensor: name, model: model, position: position,
         rowStart: drawStarts[model])
     case .ranked(let density, let epsilon):
-      for start in stride(from: 0, to: values.count, by: rowLength) {
-        var rowValues = values._mutatingExtracting(start..<start + rowLength)
-        thinByRank(
-          &rowValues, density: density, epsilon: epsilon, model: model, at: position + start)
-      }
+      thinByRank(
+        &tile, row: row, density: density, epsilon: epsilon, model: model, at: position)
     }
+    if scale != 1 { tile.multiply(row: row, by: scale) }
   }
 
   /// DELLA's choice: the keep-probability rises linearly with the rank within the row.
   private func thinByRank(
-    _ values: inout MutableSpan<Float>, density: Double, epsilon: Double, model: Int,
-    at position: Int
+    _ tile: inout Tile, row: Int, density: Double, epsilon: Double, model: Int, at position: Int
   ) {
-    // Magnitude above, index below: sorting whole numbers breaks ties by index.
-    let order = [UInt64](unsafeUninitializedCapacity: values.count) { keys, count in
-      for i in values.indices { keys[i] = UInt64(values[i].magnitudeBits) << 32 | UInt64(i) }
-      count = values.count
-    }.sorted()
-    let last = Float(max(1, values.count - 1))
-    var probabilities = [Float](repeating: Float(density), count: values.count)
-    if values.count > 1 {
-      for (rank, key) in order.enumerated() {
-        probabilities[Int(key & 0xFFFF_FFFF)] =
-          Float(density - epsilon) + Float(rank) / last * 2 * Float(epsilon)
+    var values = tile.mutableRow(row)
+    var uniforms = [Float](repeating: 0, count: values.count)
+    var span = uniforms.mutableSpan
+    randomness.uniforms(
+      &span, tensor: name, model: model, position: position, rowStart: drawStarts[model])
+    var scratch = [UInt64](repeating: 0, count: 2 * rowLength)
+    // Sound: the kernel works within the three arrays; scratch has room for two rows.
+    values.withUnsafeMutableBufferPointer { values in
+      uniforms.withUnsafeBufferPointer { uniforms in
+        for start in stride(from: 0, to: values.count, by: rowLength) {
+          smelt_thin_by_rank(
+            values.baseAddress! + start, rowLength, uniforms.baseAddress! + start,
+            Float(density), Float(density - epsilon), Float(epsilon), &scratch)
+        }
       }
     }
-    var keeps = [Bool](repeating: true, count: values.count)
-    randomness.uniforms(
-      values.count, tensor: name, model: model, position: position, rowStart: drawStarts[model]
-    ) { keeps[$0] = $1 < probabilities[$0] }
-    for i in values.indices where !keeps[i] { values[i] = 0 }
   }
 
   func merge(_ tile: inout Tile, at position: Int, into output: inout Tile) {
     guard let scales else { preconditionFailure("the scales have not been learnt") }
-    for (model, row) in rows.enumerated() where !masks[model].isTrivial {
-      sparsify(&tile, row: row, model: model, at: position)
-      if scales[model] != 1 { tile.multiply(row: row, by: scales[model]) }
-    }
-    for (model, row) in rows.enumerated() { tile.multiply(row: row, by: weights[model]) }
-    output.clear(row: 0)
-    if electsSigns { elect(tile, into: &output) } else { addUp(tile, into: &output) }
-    if lambda != 1 { output.multiply(row: 0, by: lambda) }
-  }
-
-  private func addUp(_ tile: borrowing Tile, into output: inout Tile) {
-    for row in rows { output.add(tile, row: row, to: 0) }
-    guard normalizes else { return }
-    let sum = weights.reduce(0, +)
-    if abs(sum) >= 1e-8 { output.divide(row: 0, by: sum) }
-  }
-
-  /// Row 1 of the output holds the sums whose signs win, row 2 the weights that agreed.
-  private func elect(_ tile: borrowing Tile, into output: inout Tile) {
-    output.clear(row: 1)
-    output.clear(row: 2)
-    for row in rows { output.add(tile, row: row, to: 1) }
     for (model, row) in rows.enumerated() {
-      output.addAgreeing(
-        tile, row: row, weight: weights[model], sum: 0, signs: 1, weights: 2)
+      sparsify(&tile, row: row, model: model, at: position, scale: scales[model])
     }
-    if normalizes { output.divide(row: 0, byRow: 2) }
+    let first = rows.lowerBound
+    if electsSigns {
+      output.elect(tile, from: first, weights: weights, agreed: normalizes ? 1 : nil)
+      if normalizes { output.divide(row: 0, byRow: 1) }
+    } else {
+      output.weigh(tile, from: first, weights: weights)
+      let sum = weights.reduce(0, +)
+      if normalizes, abs(sum) >= 1e-8 { output.divide(row: 0, by: sum) }
+    }
+    if lambda != 1 { output.multiply(row: 0, by: lambda) }
   }
 }
 

@@ -30,14 +30,53 @@ public struct CounterRandom: Sendable {
       key: SIMD2(seed.low, seed.high))
   }
 
-  /// The words of as many consecutive blocks as `words` holds, from block `first` on.
-  func fill(_ words: inout MutableSpan<UInt32>, from first: UInt64) {
-    precondition(words.count.isMultiple(of: 4))
+  /// The word of an element, for choices that are made element by element.
+  ///
+  /// Sixteen blocks serve 64 elements, and a word of each goes to sixteen neighbours, so that
+  /// wide registers hold neighbours.
+  func word(ofElement element: Int) -> UInt32 {
+    words(at: UInt64(element / 64 * 16 + element % 16))[element / 16 % 4]
+  }
+
+  /// The words of consecutive elements.
+  func fill(_ words: inout MutableSpan<UInt32>, fromElement first: Int) {
     // Sound: the kernel writes the span's elements and nothing else.
-    words.withUnsafeMutableBufferPointer {
-      guard let start = $0.baseAddress else { return }
-      smelt_philox(seed, sequence, first, start, $0.count / 4)
+    words.withUnsafeMutableBufferPointer { words in
+      guard let start = words.baseAddress else { return }
+      withDraws { smelt_draw($0, UInt64(first), start, words.count) }
     }
+  }
+
+  /// Multiplies by `scale` the values whose word · 2⁻³² is below `p`, and sets the others to 0.
+  func thin(
+    _ values: inout MutableSpan<Float>, from first: Int, keeping p: Double, scale: Float
+  ) {
+    values.withUnsafeMutableBufferPointer { values in
+      guard let start = values.baseAddress else { return }
+      withDraws { smelt_thin($0, UInt64(first), threshold(p), scale, start, values.count) }
+    }
+  }
+
+  /// Σ|values|, and the part of it that `thin` would keep.
+  func magnitudes(_ values: Span<Float>, from first: Int, keeping p: Double) -> SIMD2<Double> {
+    var sums = (0.0, 0.0)
+    values.withUnsafeBufferPointer { values in
+      guard let start = values.baseAddress else { return }
+      withUnsafeMutableBytes(of: &sums) { sums in
+        let sums = sums.assumingMemoryBound(to: Double.self).baseAddress!
+        withDraws {
+          smelt_sum_thinned($0, UInt64(first), threshold(p), start, values.count, sums)
+        }
+      }
+    }
+    return SIMD2(sums.0, sums.1)
+  }
+
+  /// word · 2⁻³² < p, in whole numbers; p = 1 is never asked for.
+  private func threshold(_ p: Double) -> UInt32 { UInt32(min(max(0, p), 1 - 0x1p-32) * 0x1p32) }
+
+  private func withDraws(_ body: (UnsafePointer<smelt_draws>) -> Void) {
+    withUnsafePointer(to: smelt_draws(key: seed, sequence: sequence), body)
   }
 
   /// A number of the uniform distribution on [0, 1), a multiple of 2⁻³².

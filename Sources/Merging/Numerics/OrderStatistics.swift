@@ -1,5 +1,7 @@
-/// Exact order statistics of |x| over values that stream by twice, in half a megabyte of counters
-/// and a quarter for every rank.
+import CKernels
+
+/// Exact order statistics of |x| over values that stream by twice, in half a megabyte of counters,
+/// then a quarter for every rank.
 ///
 /// The order of magnitudes is the order of their bit patterns. The first pass counts the upper
 /// 16 of their 31 bits, which tells where each wanted rank lies; the second counts the lower 15
@@ -16,11 +18,12 @@ public struct OrderStatistics: Sendable {
 
   private let ranks: [Int]
   private var found: [Statistic] = []
-  private var counts: [Int]
+  private var counts: [Int64]
   private var lowerBits: UInt32 = 0
-  /// Of the second pass: the first counter of every upper half that holds a rank.
-  private var firstCounter: [Int32] = []
-  private var upperHalves: [(upper: Int, smallerCount: Int)] = []
+  private var isInSecondPass = false
+  /// Of the second pass: the upper halves that hold a rank, and what is smaller than all in them.
+  private var wanted: [UInt32] = []
+  private var smallerCounts: [Int] = []
 
   /// - Parameter ranks: Positions in ascending order of magnitude, from 0.
   public init(ranks: some Sequence<Int>) {
@@ -33,19 +36,13 @@ public struct OrderStatistics: Sendable {
 
   /// Takes in some of the values of this pass.
   public mutating func observe(_ values: Span<Float>) {
-    if firstCounter.isEmpty {
-      var bits: UInt32 = 0
-      for index in values.indices {
-        let pattern = values[index].bitPattern & 0x7FFF_FFFF
-        bits |= pattern
-        counts[Int(pattern >> 15)] += 1
-      }
-      lowerBits |= bits & 0x7FFF
-    } else {
-      for index in values.indices {
-        let pattern = values[index].bitPattern & 0x7FFF_FFFF
-        let first = firstCounter[Int(pattern >> 15)]
-        if first >= 0 { counts[Int(first) + Int(pattern & 0x7FFF)] += 1 }
+    // Sound: the kernels read the span's elements; there is a counter for every pattern.
+    values.withUnsafeBufferPointer { values in
+      guard let start = values.baseAddress else { return }
+      if isInSecondPass {
+        smelt_count_lower(start, values.count, wanted, wanted.count, &counts)
+      } else {
+        lowerBits |= smelt_count_upper(start, values.count, &counts)
       }
     }
   }
@@ -60,7 +57,7 @@ public struct OrderStatistics: Sendable {
   /// Ends a pass over all values.
   public mutating func finishPass() {
     guard !isComplete else { return }
-    if firstCounter.isEmpty { finishFirstPass() } else { finishSecondPass() }
+    if isInSecondPass { finishSecondPass() } else { finishFirstPass() }
   }
 
   /// The statistic of a rank that was asked for, after the last pass.
@@ -70,36 +67,40 @@ public struct OrderStatistics: Sendable {
     var halves: [Statistic] = []
     locate(in: counts[...], smallerCount: 0, bitsOf: { UInt32($0) << 15 }, into: &halves)
     precondition(halves.count == ranks.count, "a rank beyond the number of values")
-    if lowerBits == 0 { return found = halves }
-
-    firstCounter = Array(repeating: -1, count: 1 << 16)
-    for half in halves {
-      let upper = Int(half.magnitude.bitPattern >> 15)
-      guard firstCounter[upper] < 0 else { continue }
-      firstCounter[upper] = Int32(upperHalves.count << 15)
-      upperHalves.append((upper, half.smallerCount))
+    if lowerBits == 0 {
+      counts = []
+      return found = halves
     }
-    counts = Array(repeating: 0, count: upperHalves.count << 15)
+
+    isInSecondPass = true
+    for half in halves {
+      let upper = half.magnitude.bitPattern >> 15
+      guard !wanted.contains(upper) else { continue }
+      wanted.append(upper)
+      smallerCounts.append(half.smallerCount)
+    }
+    counts = Array(repeating: 0, count: wanted.count << 15)
   }
 
   private mutating func finishSecondPass() {
-    for (index, half) in upperHalves.enumerated() {
+    for (index, upper) in wanted.enumerated() {
       locate(
-        in: counts[index << 15..<(index + 1) << 15], smallerCount: half.smallerCount,
-        bitsOf: { UInt32(half.upper) << 15 | UInt32($0) }, into: &found)
+        in: counts[index << 15..<(index + 1) << 15], smallerCount: smallerCounts[index],
+        bitsOf: { upper << 15 | UInt32($0) }, into: &found)
     }
+    counts = []
     precondition(isComplete, "the passes differ")
   }
 
   /// Appends the statistics of all further ranks that lie within these counters.
   private func locate(
-    in counts: ArraySlice<Int>, smallerCount: Int, bitsOf: (Int) -> UInt32,
+    in counts: ArraySlice<Int64>, smallerCount: Int, bitsOf: (Int) -> UInt32,
     into statistics: inout [Statistic]
   ) {
     var smallerCount = smallerCount
     for index in counts.indices {
       guard statistics.count < ranks.count else { return }
-      let count = counts[index]
+      let count = Int(counts[index])
       while statistics.count < ranks.count, ranks[statistics.count] < smallerCount + count {
         let magnitude = Float(bitPattern: bitsOf(index - counts.startIndex))
         statistics.append(

@@ -16,6 +16,13 @@ public struct TensorTask: Sendable {
   public let output: TensorInfo
   let work: Work
 
+  var inputs: [Place] {
+    switch work {
+    case .copy(let place): [place]
+    case .merge(_, let inputs, _, _): inputs
+    }
+  }
+
   /// How it is made, in a few words.
   public var explanation: String {
     switch work {
@@ -61,6 +68,12 @@ public struct Chunk: Sendable, Hashable {
   public let elements: Range<Int>
 }
 
+/// A tensor of the source with this number.
+struct InputTensor: Hashable {
+  let source: Int
+  let name: String
+}
+
 /// What is known of a chunk when it has been written.
 public struct FinishedChunk: Sendable {
   public let chunk: Chunk
@@ -84,6 +97,8 @@ struct MergeRun: Sendable {
   let workers: Int
   /// Chunks that need not be made again.
   var finished: Set<Chunk> = []
+  /// Input tensors that are read for one output only, and may be forgotten then.
+  var forgettable: Set<InputTensor> = []
   /// Called after a chunk has been written, from the worker's thread.
   var didFinish: @Sendable (FinishedChunk) throws -> Void = { _ in }
 
@@ -208,12 +223,16 @@ struct MergeRun: Sendable {
     let chunks = indices.map { allChunks(of: $0) }
     let all = chunks.flatMap { $0 }
     let found = StepResults<GramMatrix>(count: all.count)
+    // What is read again soon must stay in the page cache.
+    var run = self
+    run.forgettable = []
+    let reading = run
     try forEachStep(count: all.count, workers: workers) {
       MergeWorkspace(for: tasks, share: memory / max(1, workers))
     } body: { step, workspace in
       let task = tasks[all[step].task]
       let gram = TaskVectorGram(experts: task.tileRows.input - 1, grain: task.grain)
-      found[step] = try observe(gram, all[step], in: &workspace)
+      found[step] = try reading.observe(gram, all[step], in: &workspace)
     }
     return zip(indices, fold(found.all, chunks.map { $0.count }) { $0 += $1 }).map {
       $1 ?? GramMatrix(order: tasks[$0].tileRows.input - 1)
@@ -234,6 +253,7 @@ struct MergeRun: Sendable {
       let count = min(workspace.arena.byteCount, 4 << 20, bytes.upperBound - begin)
       var piece = workspace.arena.first(count)
       try sources[place.source].read(place.tensor, at: begin, into: &piece)
+      forget(begin..<begin + count, of: place)
       try sink.write(piece.bytes, of: tensor, at: begin)
       begin += count
     }
@@ -247,7 +267,8 @@ struct MergeRun: Sendable {
     _ merge: Merge, _ chunk: Chunk, in workspace: inout MergeWorkspace
   ) throws -> Merge.Observation {
     var observation = merge.makeObservation()
-    try forEachTile(of: chunk, grain: merge.grain, in: &workspace) { position, input, output in
+    try forEachTile(of: chunk, grain: merge.grain, isLast: false, in: &workspace) {
+      position, input, output in
       merge.observe(&input, at: position, scratch: &output, into: &observation)
     }
     return observation
@@ -262,7 +283,8 @@ struct MergeRun: Sendable {
     var notFinite = 0
     var written = chunk.elements.lowerBound
     var encoded = workspace.encoded.take()!
-    try forEachTile(of: chunk, grain: merge.grain, in: &workspace) { position, input, output in
+    try forEachTile(of: chunk, grain: merge.grain, isLast: true, in: &workspace) {
+      position, input, output in
       merge.merge(&input, at: position, into: &output)
       if differences { output.add(input, row: 0, to: 0) }
       notFinite += task.output.dtype.notFinite(output[0])
@@ -290,8 +312,9 @@ struct MergeRun: Sendable {
 
   /// Reads a chunk window by window and hands it on tile by tile, as differences if those are
   /// what the task works on.
+  /// - Parameter isLast: whether it will not be read again.
   private func forEachTile(
-    of chunk: Chunk, grain: Int, in workspace: inout MergeWorkspace,
+    of chunk: Chunk, grain: Int, isLast: Bool, in workspace: inout MergeWorkspace,
     _ body: (_ position: Int, _ input: inout Tile, _ output: inout Tile) throws -> Void
   ) throws {
     guard case .merge(_, let inputs, let differences, let rounding) = tasks[chunk.task].work else {
@@ -304,7 +327,7 @@ struct MergeRun: Sendable {
     var begin = chunk.elements.lowerBound
     while begin < chunk.elements.upperBound {
       let window = begin..<min(begin + windowWidth, chunk.elements.upperBound)
-      if !workspace.isHolding { try read(inputs, window, into: &workspace) }
+      if !workspace.isHolding { try read(inputs, window, isLast: isLast, into: &workspace) }
       for position in stride(from: window.lowerBound, to: window.upperBound, by: tileWidth) {
         let columns = position..<min(position + tileWidth, window.upperBound)
         workspace.input.resize(columns: columns.count)
@@ -328,7 +351,8 @@ struct MergeRun: Sendable {
 
   /// Fills the arena with the same window of every input, one after the other.
   private func read(
-    _ inputs: [TensorTask.Place], _ window: Range<Int>, into workspace: inout MergeWorkspace
+    _ inputs: [TensorTask.Place], _ window: Range<Int>, isLast: Bool,
+    into workspace: inout MergeWorkspace
   ) throws {
     var start = 0
     for input in inputs {
@@ -337,6 +361,7 @@ struct MergeRun: Sendable {
       var arena = workspace.arena.first(start + count)
       var bytes = arena._mutatingExtracting(droppingFirst: start)
       try sources[input.source].read(input.tensor, at: window.lowerBound * width, into: &bytes)
+      if isLast { forget(window.lowerBound * width..<window.upperBound * width, of: input) }
       start += count
     }
   }
@@ -351,10 +376,18 @@ struct MergeRun: Sendable {
         var arena = workspace.arena.first(start + offset + piece)
         var bytes = arena._mutatingExtracting(droppingFirst: start + offset)
         try sources[input.source].read(input.tensor, at: offset, into: &bytes)
+        forget(offset..<offset + piece, of: input)
       }
       start += count
     }
     workspace.isHolding = true
+  }
+
+  private func forget(_ bytes: Range<Int>, of input: TensorTask.Place) {
+    guard forgettable.contains(InputTensor(source: input.source, name: input.tensor.name)) else {
+      return
+    }
+    sources[input.source].forget(bytes, of: input.tensor)
   }
 }
 

@@ -1,3 +1,5 @@
+import CKernels
+
 /// The elements of a row whose magnitudes rank in a given range, chosen exactly.
 ///
 /// Of equal magnitudes at either end the ones with the lowest index are kept. When not all of
@@ -65,7 +67,7 @@ struct RankBand: Sendable {
       observation = .statistics(statistics)
     } else if case .ties(var ties) = observation {
       observation = .nothing
-      ties.append((values.count(of: lower.bits), values.count(of: upper.bits)))
+      ties.append(values.count(of: lower.bits, and: upper.bits))
       observation = .ties(ties)
     }
   }
@@ -139,7 +141,7 @@ struct RankBand: Sendable {
     guard end.isSplit else { return end.kept > 0 }
     let left = end.kept - end.before[tile]
     if left <= 0 { return false }
-    return Int(values.count(of: end.bits)) <= left ? true : nil
+    return values.count(of: end.bits, and: end.bits).0 <= left ? true : nil
   }
 
   private func restrictTieByTie(_ values: inout MutableSpan<Float>, tile: Int) {
@@ -161,11 +163,15 @@ struct RankBand: Sendable {
 }
 
 extension Span<Float> {
-  /// How many elements have this magnitude.
-  fileprivate func count(of bits: UInt32) -> Int32 {
-    var count: Int32 = 0
-    for i in indices { count &+= self[i].magnitudeBits == bits ? 1 : 0 }
-    return count
+  /// How many elements have the one magnitude, and the other.
+  fileprivate func count(of one: UInt32, and other: UInt32) -> (Int32, Int32) {
+    var counts = [0, 0]
+    // Sound: the kernel reads the span's elements and nothing else.
+    withUnsafeBufferPointer { values in
+      guard let start = values.baseAddress else { return }
+      smelt_count_equal(start, values.count, one, other, &counts)
+    }
+    return (Int32(counts[0]), Int32(counts[1]))
   }
 }
 

@@ -132,20 +132,26 @@ extension Tile {
     for i in 0..<columns { target[i] /= divisors[i] == 0 ? 1 : divisors[i] }
   }
 
-  /// Adds the elements of other[row] that have the sign of self[signs] to self[sum], and where
-  /// they have it their weight to self[weights]. The sign of zero is plus; a zero has none.
-  mutating func addAgreeing(
-    _ other: borrowing Tile, row: Int, weight: Float, sum: Int, signs: Int, weights: Int
+  /// self[0] = Σ weighted rows of the other tile, the first of them at `first`.
+  mutating func weigh(_ other: borrowing Tile, from first: Int, weights: [Float]) {
+    precondition(columns == other.columns && first + weights.count <= other.rowCount)
+    smelt_weigh(
+      other.elements + first * other.capacity, other.capacity, weights.count, weights, columns,
+      elements)
+  }
+
+  /// self[0] = Σ weighted rows as far as they have the sign of all together, and self[agreed] =
+  /// Σ of the weights of the rows that have it. The sign of zero is plus; a zero has none.
+  /// - Parameter weighsVotes: whether the rows are weighted also where the sign is found.
+  mutating func elect(
+    _ other: borrowing Tile, from first: Int, weights: [Float], weighsVotes: Bool = true,
+    agreed: Int?
   ) {
-    precondition(columns == other.columns && sum != signs && signs != weights && sum != weights)
-    let source = other.buffer(row)
-    let (sum, signs, weights) = (buffer(sum), buffer(signs), buffer(weights))
-    for i in 0..<columns {
-      let value = source[i]
-      let agrees = signs[i] >= 0 ? value > 0 : value < 0
-      sum[i] += agrees ? value : 0
-      weights[i] += agrees ? weight : 0
-    }
+    precondition(columns == other.columns && first + weights.count <= other.rowCount)
+    precondition(agreed.map { (1..<rowCount).contains($0) } ?? true)
+    smelt_elect(
+      other.elements + first * other.capacity, other.capacity, weights.count, weights, weighsVotes,
+      columns, elements, agreed.map { elements + $0 * capacity })
   }
 
   /// self[row] = fma(other[otherRow], weight, self[row]), rounded once an element
@@ -165,21 +171,6 @@ extension Tile {
     let target = buffer(row)
     let divisors = buffer(divisors)
     for i in 0..<columns { target[i] /= max(divisors[i], least) }
-  }
-
-  /// As `addAgreeing`, but what is added is weight · value.
-  mutating func addAgreeingProducts(
-    _ other: borrowing Tile, row: Int, weight: Float, sum: Int, signs: Int, weights: Int
-  ) {
-    precondition(columns == other.columns && sum != signs && signs != weights && sum != weights)
-    let source = other.buffer(row)
-    let (sum, signs, weights) = (buffer(sum), buffer(signs), buffer(weights))
-    for i in 0..<columns {
-      let value = source[i]
-      let agrees = signs[i] >= 0 ? value > 0 : value < 0
-      sum[i] += agrees ? value * weight : 0
-      weights[i] += agrees ? weight : 0
-    }
   }
 
   /// self[row] += (other[otherRow] − self[centre])²

@@ -582,18 +582,21 @@ extension MergePlan {
 
 extension MergePlan {
   /// Makes all tensors. The sink has `manifest`'s tensors and is finished by the caller.
-  /// - Parameter finished: chunks that are in the sink already.
+  /// - Parameters:
+  ///   - finished: chunks that are in the sink already.
+  ///   - keepsCache: whether the page cache shall keep what is read of files that were not in it.
   /// - Returns: what the cleaning of task vectors came to.
   @discardableResult
   public func run(
     into sink: any TensorSink, memory: Int, workers: Int, journal: MergeJournal? = nil,
-    finished: Set<Chunk> = [],
+    finished: Set<Chunk> = [], keepsCache: Bool = false,
     didFinish: @escaping @Sendable (FinishedChunk) throws -> Void = { _ in }
   ) throws -> DisentanglementSummary? {
     try check(memory: memory, workers: workers)
     var run = MergeRun(
       sources: sources, sink: journal.map { JournaledSink(sink: sink, journal: $0) } ?? sink,
-      tasks: tasks, memory: memory, workers: workers, finished: finished, didFinish: didFinish)
+      tasks: tasks, memory: memory, workers: workers, finished: finished,
+      forgettable: keepsCache ? [] : tensorsReadForOneOutput, didFinish: didFinish)
     guard let cleaning, cleaning.tensorCount > 0 else {
       try run.run()
       return nil
@@ -604,6 +607,13 @@ extension MergePlan {
     try run.run()
     try cleaning.conclude(tasks, findings, &summary)
     return summary
+  }
+
+  private var tensorsReadForOneOutput: Set<InputTensor> {
+    let uses = tasks.flatMap { task in
+      task.inputs.map { InputTensor(source: $0.source, name: $0.tensor.name) }
+    }
+    return Set(Dictionary(uses.map { ($0, 1) }, uniquingKeysWith: +).filter { $1 == 1 }.keys)
   }
 
   /// - Throws: `MergeError` with both numbers if a tensor's rows do not fit the memory.

@@ -110,9 +110,7 @@ extension Recipe {
     dtype = try keys["dtype"].map { node in try reader.dtype(node) }
     outputType = try keys["out_dtype"].map { node in try reader.dtype(node) }
     tokenizer = try Recipe.tokenizer(keys, reader)
-    chatTemplate = try keys["chat_template"].map { node in
-      try reader.text(node, "chat_template")
-    }
+    chatTemplate = try keys["chat_template"].map { node in try reader.chatTemplate(node) }
     if method.base == .required, baseModel == nil {
       let slicesHaveBases =
         if case .slices(let slices) = inputs { slices.allSatisfy { $0.baseModel != nil } } else {
@@ -253,6 +251,17 @@ extension RecipeReader {
         remedy: "known are bfloat16, float16, float32, float64")
     }
     return type
+  }
+
+  /// A template itself, which has braces, or the name of one.
+  fileprivate func chatTemplate(_ node: RecipeNode) throws -> String {
+    let template = try text(node, "chat_template")
+    guard template.contains("{") || template == "chatml" else {
+      throw error(
+        node, "chat_template \(quoted(template)) is not known",
+        remedy: "write the template itself, or chatml, or leave it out to keep the model's own")
+    }
+    return template
   }
 
   fileprivate func tokenizerSource(_ node: RecipeNode) throws -> Recipe.Tokenizer {

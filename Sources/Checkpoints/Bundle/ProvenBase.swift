@@ -1,0 +1,73 @@
+import Synchronization
+
+/// The model outside a bundle from which its tensors are differences: none, or one that is found
+/// to be the one that the bundle was packed against.
+final class ProvenBase: Sendable {
+  /// The bundle.
+  private let path: String
+  private let source: (any TensorSource)?
+  /// The tensors whose checksums have been found right.
+  private let proven = Mutex<Set<ExactName>>([])
+
+  /// - Throws: if this is plainly another model: a tensor is missing or of another size, or the
+  ///   smallest one differs. The others are compared before they are used.
+  init(_ source: (any TensorSource)?, of tensors: [Bundle.Stored], path: String)
+    throws(CheckpointError)
+  {
+    self.source = source
+    self.path = path
+    guard source != nil else { return }
+    var smallest: Bundle.Stored?
+    for stored in tensors {
+      guard case .base(let name, _) = stored.reference else { continue }
+      _ = try like(stored, name)
+      if stored.tensor.byteCount < smallest?.tensor.byteCount ?? .max { smallest = stored }
+    }
+    if let smallest { _ = try tensor(of: smallest) }
+  }
+
+  /// Compares all tensors of the base that these need with what they were when the bundle was
+  /// packed, several at a time.
+  func prove(for tensors: [Bundle.Stored], workers: Int) throws {
+    let needing = tensors.filter { if case .base = $0.reference { true } else { false } }
+    try forEachStep(count: needing.count, workers: workers) {
+    } body: { step, _ in
+      _ = try tensor(of: needing[step])
+    }
+  }
+
+  /// The base's tensor that this one is a difference from, proven.
+  /// - Precondition: it is a difference from one of the base.
+  func tensor(of stored: Bundle.Stored) throws(CheckpointError) -> (
+    source: any TensorSource, tensor: TensorInfo
+  ) {
+    guard case .base(let name, let checksum) = stored.reference else { preconditionFailure() }
+    let (source, tensor) = try like(stored, name)
+    if proven.withLock({ $0.contains(ExactName(name)) }) { return (source, tensor) }
+    guard try source.checksum(of: tensor) == checksum else { throw isAnother(source, name) }
+    proven.withLock { _ = $0.insert(ExactName(name)) }
+    return (source, tensor)
+  }
+
+  /// The base's tensor of this name, which must be like the one that needs it.
+  private func like(_ stored: Bundle.Stored, _ name: String) throws(CheckpointError) -> (
+    source: any TensorSource, tensor: TensorInfo
+  ) {
+    guard let source else {
+      throw CheckpointError(
+        file: path, tensor: stored.tensor.name,
+        "is kept as a difference from a base model that is not in the bundle",
+        remedy: "name the base")
+    }
+    guard let tensor = source.manifest[name], tensor.dtype == stored.tensor.dtype,
+      tensor.elementCount == stored.tensor.elementCount
+    else { throw isAnother(source, name) }
+    return (source, tensor)
+  }
+
+  private func isAnother(_ source: any TensorSource, _ name: String) -> CheckpointError {
+    CheckpointError(
+      file: source.path, tensor: name, "is not what \(path) was packed against",
+      remedy: "name the base that it was packed with")
+  }
+}
