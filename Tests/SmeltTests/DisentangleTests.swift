@@ -118,7 +118,7 @@ struct DisentangleTests {
 
   @Test func `no input is written over, the Gram matrices neither`() throws {
     _ = try smelt(["gram"] + Self.family + ["-o", folder("g.safetensors")])
-    let before = try Checkpoint.open(folder("g.safetensors")).manifest
+    let before = try Checkpoint.open(folder("g.safetensors")).manifest.tensors
     let clean = ["--clean", "awd-model", "--gram", folder("g.safetensors")]
     for output in [
       ["-o", folder("g.safetensors")],
@@ -142,7 +142,7 @@ struct DisentangleTests {
       result.errors
         == "Error: \(folder("out/gram.safetensors")) is also an input; write to another name\n")
     #expect(try folder.names == ["out"])
-    #expect(try Checkpoint.open(folder("out/gram.safetensors")).manifest.tensors == before.tensors)
+    #expect(try Checkpoint.open(folder("out/gram.safetensors")).manifest.tensors == before)
   }
 
   @Test func `what is not understood in --clean is wrong usage`() throws {
@@ -157,6 +157,15 @@ struct DisentangleTests {
       ["disentangle"] + Self.family + ["-o", folder("x.h5"), "--clean", "awd-model,penalty=9"])
     #expect(result.code == 0)
     #expect(result.errors.contains("smelt: nothing was cleaned: the penalty 9 is at or above"))
+  }
+
+  @Test func `a descent that overshoots is said`() throws {
+    let result = try smelt(
+      ["disentangle"] + Self.family
+        + ["-o", folder("x.h5"), "--clean", "awd-model,scope=tensor,penalty=none,rate=50"])
+    #expect(result.code == 0)
+    #expect(result.errors.contains("smelt: the descent overshot: the mean |cos| rose from 0."))
+    #expect(result.errors.contains("; lower the rate, or use optimizer=converged\n"))
   }
 
   @Test(arguments: ["awd-model", "awd-model,scope=block", "awd-row,optimizer=converged"])

@@ -124,6 +124,9 @@ struct CleanedMerge<Method: TensorMerge>: TensorMerge, TaskVectorCleaning {
       tile.takeOut(vectors, from: 1, keeping: &output, row: 0)
       return method.merge(&tile, at: position, into: &output)
     }
+    guard vectors.groupCount != 1 else {
+      return output.weigh(tile, from: 1, weights: vectors.weights(weights, of: 0))
+    }
     output.clear(row: 0)
     for group in 0..<vectors.groupCount {
       for (expert, weight) in vectors.weights(weights, of: group).enumerated() {

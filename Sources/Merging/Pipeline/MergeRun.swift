@@ -223,12 +223,16 @@ struct MergeRun: Sendable {
     let chunks = indices.map { allChunks(of: $0) }
     let all = chunks.flatMap { $0 }
     let found = StepResults<GramMatrix>(count: all.count)
+    // What is read again soon must stay in the page cache.
+    var run = self
+    run.forgettable = []
+    let reading = run
     try forEachStep(count: all.count, workers: workers) {
       MergeWorkspace(for: tasks, share: memory / max(1, workers))
     } body: { step, workspace in
       let task = tasks[all[step].task]
       let gram = TaskVectorGram(experts: task.tileRows.input - 1, grain: task.grain)
-      found[step] = try observe(gram, all[step], in: &workspace)
+      found[step] = try reading.observe(gram, all[step], in: &workspace)
     }
     return zip(indices, fold(found.all, chunks.map { $0.count }) { $0 += $1 }).map {
       $1 ?? GramMatrix(order: tasks[$0].tileRows.input - 1)
