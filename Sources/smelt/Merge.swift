@@ -73,7 +73,8 @@ struct Merge: ParsableCommand {
     let sideFiles = try sideFiles(plan, recipeText: text)
     if dryRun { return describe(plan, cost) }
     try refuseFullDisk(cost)
-    try refuse(writing: output, overInputs: parsed.models + parsed.tokenizerPaths + [recipe])
+    try refuse(
+      writing: output, overInputs: parsed.models + parsed.tokenizerPaths + [recipe], isMerge: true)
     if resume, !isResumable {
       throw CheckpointError(
         file: output, "cannot be resumed: only folders and .safetensors files can",
@@ -111,9 +112,9 @@ struct Merge: ParsableCommand {
     _ plan: MergePlan, _ cost: MergePlan.Cost, into sink: any TensorSink, journal: MergeJournal,
     finished: Set<Chunk>
   ) throws {
-    let progress = Progress(total: cost.bytesRead + cost.bytesWritten, isQuiet: quiet)
+    let progress = Progress(total: cost.bytesMerged + cost.bytesWritten, isQuiet: quiet)
     let notFinite = Mutex<[String: Int]>([:])
-    try plan.run(
+    let cleaning = try plan.run(
       into: sink, memory: resources.memory.bytes, workers: resources.jobs, journal: journal,
       finished: finished, keepsCache: keepCache
     ) { chunk in
@@ -134,9 +135,16 @@ struct Merge: ParsableCommand {
     }
     for source in plan.sources { try source.checkUnchanged() }
     try sink.finish()
+    cleaning?.warnings.forEach(note)
     guard !quiet else { return }
+    if let cleaning {
+      let whole = cleaning.whole
+      print(
+        "mean |cos| of the task vectors: \(decimal(whole.before.meanAbsoluteCosine)) before cleaning, \(decimal(whole.after.meanAbsoluteCosine)) after"
+      )
+    }
     let seconds = progress.seconds
-    let rate = ByteSize(bytes: Int(Double(cost.bytesRead + cost.bytesWritten) / max(seconds, 1e-3)))
+    let rate = ByteSize(bytes: Int(Double(cost.bytesMerged + cost.bytesWritten) / max(seconds, 1e-3)))
     print(
       "\(output): \(summary(of: plan.manifest)) in \(decimal(seconds, 1)) s, \(rate)/s read and written, peak memory \(peakMemory)"
     )
@@ -150,6 +158,7 @@ struct Merge: ParsableCommand {
   private func describe(_ plan: MergePlan, _ cost: MergePlan.Cost) {
     if verbose || plan.tasks.count <= Merge.shortTable { printTensors(of: plan) }
     print("\(plan.recipe.method.name): \(plan.recipe.method.formula)")
+    if let cleaning = plan.cleaning { print(cleaning.explanation) }
     for model in plan.sources { print("reads \(model.path): \(summary(of: model.manifest))") }
     print("makes \(output): \(summary(of: plan.manifest))")
     for (explanation, count) in plan.waysOfMaking {

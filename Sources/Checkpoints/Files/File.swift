@@ -176,6 +176,9 @@ extension File {
   }
 }
 
+/// Where temporary files go that belong to no output.
+var temporaryFolder: String { getenv("TMPDIR").map { String(cString: $0) } ?? "/var/tmp" }
+
 /// Whether two paths lead to the same file; a path that leads nowhere is no file's.
 public func isSameFile(_ one: String, _ other: String) throws(CheckpointError) -> Bool {
   var statuses = [stat(), stat()]

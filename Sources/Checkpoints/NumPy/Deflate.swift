@@ -151,15 +151,14 @@ extension ZipArchive {
 
   /// An empty temporary file of an entry's size.
   private func room(for entry: Entry) throws(CheckpointError) -> File {
-    let folder = getenv("TMPDIR").map { String(cString: $0) } ?? "/var/tmp"
     do {
-      let file = try File(temporaryBeside: "\(folder)/smelt")
+      let file = try File(temporaryBeside: temporaryFolder + "/smelt")
       try file.preallocate(entry.size)
       return file
     } catch {
       throw CheckpointError(
         file: path,
-        "its zip entry \(quoted(entry.name)) cannot be unpacked in \(folder): \(error.problem)",
+        "its zip entry \(quoted(entry.name)) cannot be unpacked in \(temporaryFolder): \(error.problem)",
         remedy: "set TMPDIR to a folder with room for \(entry.size) bytes")
     }
   }
