@@ -2,7 +2,7 @@
 
     SMELT=path/to/smelt python Benchmarks/bundle.py [MILLIONS_OF_PARAMETERS]
     SMELT=path/to/smelt python Benchmarks/bundle.py MODELS
-    SMELT=path/to/smelt python Benchmarks/bundle.py --one-tensor [GIGABYTES]
+    SMELT=path/to/smelt python Benchmarks/bundle.py --one-tensor [GIGABYTES_UNPACKED]
 
 MODELS is a folder of models, one of which is called base: safetensors files, or folders with a
 model.safetensors. Each is packed alone, the others against the base too, and then all as a family.
@@ -197,8 +197,8 @@ def measure_one_tensor(gigabytes):
     with tempfile.TemporaryDirectory() as name:
         source, bundle = Path(name) / "in.safetensors", Path(name) / "b.safetensors.zst"
         block = (random.standard_normal((4096, 1024), dtype=np.float32) * 0.02).astype(BF16).view(np.uint16)
-        # Other mantissas in every tensor, so that none is stored as a difference from another.
-        save_file({f"layers.{i}.weight": (block ^ random.integers(0, 128, block.shape, np.uint16)).view(BF16)
+        # Turned by another amount in every tensor, so that none is like another.
+        save_file({f"layers.{i}.weight": np.roll(block.ravel(), 1001 * i).reshape(block.shape).view(BF16)
                    for i in range(count)}, source)
         run(SMELT, "pack", source, bundle)
 
@@ -224,7 +224,7 @@ def measure_one_tensor(gigabytes):
 def main():
     argument = sys.argv[1] if len(sys.argv) > 1 else "128"
     if argument == "--one-tensor":
-        return measure_one_tensor(float(sys.argv[2]) if len(sys.argv) > 2 else 2)
+        return measure_one_tensor(float(sys.argv[2]) if len(sys.argv) > 2 else 3.02)
     if not argument.isdigit():
         return measure_models(argument)
     millions = int(argument)

@@ -10,7 +10,9 @@ fsync included on both sides:
     row      smelt disentangle --clean awd-row
     model    smelt disentangle --clean awd-model
 
-and last how time grows with the number of experts. Needs numpy and GNU time.
+then the same for 2, 4 and 8 experts of the smallest size. Last come two lines that say how the
+processor time (user + system, which other work on the machine hardly moves) grows with the size
+and with the number of experts. Needs numpy and GNU time.
 """
 
 import json
@@ -80,14 +82,14 @@ def make(folder, layers, experts):
 
 
 def timed(command):
-    """Return seconds and the peak resident MiB of a command."""
+    """Return seconds, the peak resident MiB and the processor seconds of a command."""
     done = subprocess.run(
-        ["/usr/bin/time", "-f", "%e %M", *map(str, command)], capture_output=True, text=True
+        ["/usr/bin/time", "-f", "%e %M %U %S", *map(str, command)], capture_output=True, text=True
     )
     if done.returncode:
         sys.exit(done.stderr)
-    seconds, peak = re.findall(r"^([\d.]+) (\d+)$", done.stderr, re.M)[-1]
-    return float(seconds), int(peak) / 1024
+    words = re.findall(r"^([\d.]+) (\d+) ([\d.]+) ([\d.]+)$", done.stderr, re.M)[-1]
+    return float(words[0]), int(words[1]) / 1024, float(words[2]) + float(words[3])
 
 
 def plain(paths, out):
@@ -97,7 +99,7 @@ def plain(paths, out):
     subprocess.run(["cat", *paths], stdout=subprocess.DEVNULL, check=True)
     subprocess.run(["cp", *paths[1:], out], check=True)
     subprocess.run(["sync", *out.iterdir()], check=True)
-    return time.time() - start, 0
+    return time.time() - start, 0, 0
 
 
 def smelt(paths, out, cleaning):
@@ -110,23 +112,30 @@ def smelt(paths, out, cleaning):
 
 def best(measure):
     results = [measure() for _ in range(ROUNDS)]
-    return min(seconds for seconds, _ in results), max(peak for _, peak in results)
+    return min(r[0] for r in results), max(r[1] for r in results), min(r[2] for r in results)
 
 
 def main(folder, sizes):
     print(f"{'model':>9} {'experts':>8}  {'plain s':>8} {'row s':>8} {'ratio':>6} {'model s':>8} {'ratio':>6}  peak MiB (budget {MEMORY})")
-    for layers in sizes:
-        paths = make(folder / f"layers{layers}", layers, 4)
-        report(paths, folder / "out")
+    per_size = [report(make(folder / f"layers{n}", n, 4), folder / "out") for n in sizes]
     paths = make(folder / f"layers{sizes[0]}", sizes[0], 8)
-    for experts in (2, 4, 8):
-        report(paths[: experts + 1], folder / "out")
+    counts = (2, 4, 8)
+    per_count = [report(paths[: k + 1], folder / "out") for k in counts]
+    print("\nprocessor seconds (row, model)")
+    print("  a GB of model: " + ", ".join(f"{size:.2f} GB {row / size:.2f} {model / size:.2f}" for size, row, model in per_size))
+    first = per_count[0]
+    print(
+        "  beside 2 experts: "
+        + ", ".join(f"k = {k} × {row / first[1]:.2f} {model / first[2]:.2f}" for k, (_, row, model) in zip(counts, per_count))
+        + "  (k² is × 1, 4, 16; the files are × 1, 1.8, 3.4)"
+    )
 
 
 def report(paths, out):
-    base, _ = best(lambda: plain(paths, out))
-    row, row_peak = best(lambda: smelt(paths, out, "awd-row"))
-    model, model_peak = best(lambda: smelt(paths, out, "awd-model"))
+    """Measure and print one row; return GB and the processor seconds by rows and for the model."""
+    base, _, _ = best(lambda: plain(paths, out))
+    row, row_peak, row_work = best(lambda: smelt(paths, out, "awd-row"))
+    model, model_peak, model_work = best(lambda: smelt(paths, out, "awd-model"))
     size = paths[0].stat().st_size / 1e9
     print(
         f"{size:6.2f} GB {len(paths) - 1:8}  {base:8.2f} {row:8.2f} {row / base:6.2f} {model:8.2f} {model / base:6.2f}"
@@ -134,6 +143,7 @@ def report(paths, out):
         flush=True,
     )
     shutil.rmtree(out, ignore_errors=True)
+    return size, row_work, model_work
 
 
 if __name__ == "__main__":

@@ -1,5 +1,9 @@
 """Writes the PyTorch files of this folder: python make.py (torch 2.13)."""
 
+import argparse
+import collections
+
+import numpy as np
 import torch
 
 torch.manual_seed(0)
@@ -44,3 +48,41 @@ torch.save(
 torch.save(linear.state_dict(), "old.pt", _use_new_zipfile_serialization=False)
 torch.save(linear, "module.pt")
 torch.jit.script(linear).save("script.pt")
+
+state = linear.state_dict()
+optimizer = torch.optim.Adam(linear.parameters(), lr=1e-3)
+linear(torch.ones(1, 3)).sum().backward()
+optimizer.step()
+torch.save(
+    {
+        "state_dict": state,
+        "optimizer": optimizer.state_dict(),
+        "scheduler": {"milestones": collections.Counter([30, 60]), "last": 2**70},
+        "logs": collections.defaultdict(list, {"loss": [0.5, 0.25]}),
+        "best": np.float64(0.9),
+        "history": np.arange(3.0),
+        "dtype": torch.bfloat16,
+        "device": torch.device("cpu"),
+        "size": torch.Size([2, 3]),
+        "seen": {1, 2},
+        "raw": b"\x00\xff",
+        "none": None,
+        "flag": True,
+        ("a", "b"): "a tuple as a key",
+        "parameter": torch.nn.Parameter(torch.ones(2)),
+    },
+    "training.ckpt")
+torch.save({"f8": torch.arange(4).to(torch.float8_e4m3fn), "shared": [base[1, 2:4], base[2:3, 1:]]}, "odd.pt")
+
+refused = {
+    "namespace": argparse.Namespace(lr=0.1),
+    "complex128": torch.ones(2, dtype=torch.complex128),
+    "quantised": torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8),
+    "sparse": torch.eye(2).to_sparse(),
+    "sparse_csr": torch.eye(2).to_sparse_csr(),
+    "meta": torch.ones(2, device="meta"),
+    "conjugate": torch.ones(2, dtype=torch.complex64).conj(),
+    "negative": torch.ones(2, dtype=torch.complex64).conj().imag,
+}
+for name, value in refused.items():
+    torch.save({"t": value}, f"{name}.pt")

@@ -13,3 +13,12 @@ int pipe2(int ends[2], int flags);
 
 /// Makes the allocator give every larger block back to the system when it is freed.
 static inline void smelt_return_freed_blocks(void) { mallopt(M_MMAP_THRESHOLD, 256 << 10); }
+
+/// Makes it keep them for the next that asks, but the largest: fresh pages cost more than to
+/// fill them.
+static inline void smelt_keep_freed_blocks(void) {
+  mallopt(M_MMAP_THRESHOLD, 32 << 20);
+  mallopt(M_TRIM_THRESHOLD, 1 << 30);
+  // All from one heap that grows: other heaps are too small for matrices.
+  mallopt(M_ARENA_MAX, 1);
+}

@@ -26,3 +26,7 @@ public struct Buffer: ~Copyable, @unchecked Sendable {
 /// Makes freed buffers go back to the system. Without it the allocator keeps them, a few for
 /// every thread there ever was, and a command takes more memory than it promised.
 public func returnFreedMemory() { smelt_return_freed_blocks() }
+
+/// Makes freed memory wait for the next that asks. For work that makes and drops matrices of a
+/// few sizes again and again, whose peak is what it needs at once either way.
+public func keepFreedMemory() { smelt_keep_freed_blocks() }

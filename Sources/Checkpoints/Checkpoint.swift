@@ -206,8 +206,13 @@ public enum Checkpoint {
   /// Opens a checkpoint that is one file of tensors.
   static func openFile(_ path: String) throws(CheckpointError) -> any TensorSource {
     let beginning = try File(reading: path).beginning(16)
-    let format = formats.first { $0.recognises(beginning) } ?? Safetensors.self
-    return try format.open(path)
+    if let format = formats.first(where: { $0.recognises(beginning) }) {
+      return try format.open(path)
+    }
+    do { return try Safetensors.open(path) } catch {
+      guard try HDF5.hasUserBlock(path) else { throw error }
+      return try HDF5.open(path)
+    }
   }
 
   /// The files that `open` reads: of a model's folder the weights, and all shards of an index.

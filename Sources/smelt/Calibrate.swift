@@ -47,6 +47,20 @@ struct Calibrate: ParsableCommand {
       valueName: "name=path"))
   var experts: [NamedPath] = []
 
+  @Flag(
+    help: ArgumentHelp(
+      "Choose the λ of the static part by the error of the model's last hidden states.",
+      discussion: "It needs --progressive, --base and every --expert."))
+  var chooseLambda = false
+
+  @Option(help: "The model that the experts were fine-tuned from.", completion: .file())
+  var base: String?
+
+  @Option(
+    help: "Also write what was found as a page with pictures (.html) or as a picture (.svg).",
+    completion: .file())
+  var report: String?
+
   @Option(help: "How many samples of each task are used.")
   var samples = 256
 
@@ -61,33 +75,72 @@ struct Calibrate: ParsableCommand {
     guard (activations == nil) != (progressive == nil) else {
       throw ValidationError("Give either --activations or --progressive.")
     }
+    guard chooseLambda == (base != nil) else {
+      throw ValidationError("--choose-lambda and --base go together.")
+    }
+    guard !chooseLambda || progressive != nil && !experts.isEmpty else {
+      throw ValidationError("--choose-lambda needs --progressive and every --expert.")
+    }
+    if let report, !["html", "svg"].contains(report.split(separator: ".").last ?? "") {
+      throw ValidationError("--report ends in .html or .svg.")
+    }
   }
 
   func run() throws {
-    let opened = try Mixture(Checkpoint.open(mixture))
-    let progress = try progressive.map { try progressiveActivations(of: opened.source, over: $0) }
-    let calibration = try MixtureCalibration(
-      of: opened, with: try progress ?? Checkpoint.open(activations!),
-      options(for: opened.description))
+    keepFreedMemory()
+    let given = try Checkpoint.open(mixture)
+    let options = try options(for: Mixture(given).description)
+    let samples = try progressive.map { try ModelInputs(Checkpoint.open($0)) }
     let inputs = [mixture, activations ?? progressive!] + experts.map { $0.path }
-    try refuse(writing: output, overInputs: inputs)
+    for output in [output] + (report.map { [$0] } ?? []) {
+      try refuse(writing: output, overInputs: inputs + (base.map { [$0] } ?? []))
+    }
+    let choice = try chooseLambda ? choice(of: given, over: samples!, options) : nil
+    let source =
+      try choice.map {
+        try RescaledMixture(given, base: Checkpoint.open(base!), scaling: $0.best.scaling)
+      } ?? given
+    let progress = try samples.map { try progressiveActivations(of: source, over: $0) }
+    let calibration = try MixtureCalibration(
+      of: Mixture(source), with: try progress ?? Checkpoint.open(activations!), options)
     for remark in calibration.remarks { note(remark) }
     let sink = try Checkpoint.create(output, calibration.manifest)
     // Progressively, a layer begins when the one before it is done; its samples share the workers.
     let reports = try calibration.run(
       into: progress?.observing(sink) ?? sink, memory: resources.memory.bytes,
       workers: progress == nil ? resources.jobs : 1)
-    try opened.source.checkUnchanged()
+    try given.checkUnchanged()
+    if let report {
+      try CalibrationPage(mixture: output, reports: reports, choice: choice).write(to: report)
+    }
     try sink.finish()
+    if let choice { say(choice) }
     say(reports)
     print("\(output): \(reports.count) modules calibrated, \(summary(of: calibration.manifest))")
   }
 
+  private func choice(
+    of mixture: any TensorSource, over samples: ModelInputs, _ options: MixtureCalibration.Options
+  ) throws -> ScalingChoice {
+    try ScalingChoice(
+      of: mixture, base: Checkpoint.open(base!), over: samples, options,
+      memory: resources.memory.bytes, workers: resources.jobs
+    ) { try transformer.pass(of: $0, for: samples) }
+  }
+
+  private func say(_ choice: ScalingChoice) {
+    let rows = choice.trials.map {
+      [decimal(Double($0.scaling), 1), decimal($0.outputError, 4), $0 == choice.best ? "←" : ""]
+    }
+    print(
+      Table(
+        columns: ["λ of the static part", "output error", ""], rows: rows, rightAligned: [0, 1]))
+  }
+
   private func progressiveActivations(
-    of mixture: any TensorSource, over inputs: String
+    of mixture: any TensorSource, over samples: ModelInputs
   ) throws -> ProgressiveActivations {
-    let samples = try ModelInputs(Checkpoint.open(inputs))
-    return try ProgressiveActivations(
+    try ProgressiveActivations(
       of: mixture, over: samples, memory: resources.memory.bytes, workers: resources.jobs
     ) { try transformer.pass(of: $0, for: samples) }
   }

@@ -62,7 +62,7 @@ struct Disentangle: ParsableCommand {
     let disentangling = try Disentangling(models, options)
     let grams = try gram.map { try TaskVectorGrams(contentsOf: $0) }
     let places = try DisentanglementPlaces(output, disentangling, redundant: redundant)
-    try places.refuse(overInputs: family.paths)
+    try places.refuse(overInputs: family.paths + (gram.map { [$0] } ?? []))
     try places.makeFolder()
 
     let outputs = try places.create(for: disentangling)

@@ -123,7 +123,10 @@ struct DisentanglementPage {
       """
   }
 
-  private var style: String {
+  private var style: String { Self.style }
+
+  /// The look of all reports.
+  static var style: String {
     """
     :root { color-scheme: light dark; --page: #fff; --ink: #1b1f24; --pale: #59636e; --line: #d1d9e0; \
     --same: #1f6fd6; --opposite: #d9730d; --on: #fff; }
@@ -144,7 +147,7 @@ struct DisentanglementPage {
 }
 
 /// A picture of a table: every cell a square of colour with a number.
-private struct Grid {
+struct Grid {
   let rows: [String]
   let columns: [String]
 
@@ -197,7 +200,7 @@ private struct Grid {
 }
 
 /// Text as HTML shows it, whatever a stranger called a tensor.
-private func escaped(_ text: String) -> String {
+func escaped(_ text: String) -> String {
   String(quoted(text).dropFirst().dropLast())
     .replacingOccurrences(of: "&", with: "&amp;").replacingOccurrences(of: "<", with: "&lt;")
     .replacingOccurrences(of: ">", with: "&gt;").replacingOccurrences(of: "\"", with: "&quot;")

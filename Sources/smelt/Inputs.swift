@@ -39,8 +39,19 @@ struct NamedPath: ExpressibleByArgument {
   }
 }
 
+/// Says what a process that was killed has left of this output; nothing of it is used again.
+private func noteLeftovers(of output: String) throws {
+  let leftovers = try Interrupted(output, identity: "").leftoverPaths
+  guard !leftovers.isEmpty else { return }
+  note(
+    "an earlier run that wrote \(output) was killed; its unfinished files are still there and can be removed: \(leftovers.joined(separator: ", "))"
+  )
+}
+
+/// - Parameter isMerge: whether unfinished files are dealt with elsewhere.
 /// - Throws: if `output` is one of the files or folders that are read, or a folder that holds one.
-func refuse(writing output: String, overInputs inputs: [String]) throws {
+func refuse(writing output: String, overInputs inputs: [String], isMerge: Bool = false) throws {
+  if !isMerge { try noteLeftovers(of: output) }
   for input in inputs {
     for path in [input] + (try Checkpoint.files(of: input)) {
       if try isSameFile(output, path) {

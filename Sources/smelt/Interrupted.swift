@@ -24,7 +24,7 @@ struct Interrupted {
   private var journalPath: String { "\(folder)/.\(name).merge-journal" }
 
   /// Unfinished outputs of this name whose writer is gone.
-  private var leftoverPaths: [String] {
+  var leftoverPaths: [String] {
     let names = (try? FileManager.default.contentsOfDirectory(atPath: folder)) ?? []
     // As long as unfinished outputs have it of a long name.
     let name = String(decoding: name.utf8.prefix(200), as: UTF8.self)

@@ -73,7 +73,8 @@ struct Merge: ParsableCommand {
     let sideFiles = try sideFiles(plan, recipeText: text)
     if dryRun { return describe(plan, cost) }
     try refuseFullDisk(cost)
-    try refuse(writing: output, overInputs: parsed.models + parsed.tokenizerPaths + [recipe])
+    try refuse(
+      writing: output, overInputs: parsed.models + parsed.tokenizerPaths + [recipe], isMerge: true)
     if resume, !isResumable {
       throw CheckpointError(
         file: output, "cannot be resumed: only folders and .safetensors files can",
@@ -113,7 +114,7 @@ struct Merge: ParsableCommand {
   ) throws {
     let progress = Progress(total: cost.bytesMerged + cost.bytesWritten, isQuiet: quiet)
     let notFinite = Mutex<[String: Int]>([:])
-    try plan.run(
+    let cleaning = try plan.run(
       into: sink, memory: resources.memory.bytes, workers: resources.jobs, journal: journal,
       finished: finished, keepsCache: keepCache
     ) { chunk in
@@ -134,7 +135,14 @@ struct Merge: ParsableCommand {
     }
     for source in plan.sources { try source.checkUnchanged() }
     try sink.finish()
+    cleaning?.warnings.forEach(note)
     guard !quiet else { return }
+    if let cleaning {
+      let whole = cleaning.whole
+      print(
+        "mean |cos| of the task vectors: \(decimal(whole.before.meanAbsoluteCosine)) before cleaning, \(decimal(whole.after.meanAbsoluteCosine)) after"
+      )
+    }
     let seconds = progress.seconds
     let bytes = Double(cost.bytesMerged + cost.bytesWritten)
     let rate = ByteSize(bytes: Int(bytes / max(seconds, 1e-3)))
@@ -151,6 +159,7 @@ struct Merge: ParsableCommand {
   private func describe(_ plan: MergePlan, _ cost: MergePlan.Cost) {
     if verbose || plan.tasks.count <= Merge.shortTable { printTensors(of: plan) }
     print("\(plan.recipe.method.name): \(plan.recipe.method.formula)")
+    if let cleaning = plan.cleaning { print(cleaning.explanation) }
     for model in plan.sources { print("reads \(model.path): \(summary(of: model.manifest))") }
     print("makes \(output): \(summary(of: plan.manifest))")
     for (explanation, count) in plan.waysOfMaking {

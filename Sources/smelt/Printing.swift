@@ -33,7 +33,9 @@ func note(_ text: String) {
 
 /// A number with a fixed number of digits, the same in every locale.
 func decimal(_ value: Double, _ digits: Int = 4) -> String {
-  String(format: "%.\(digits)f", value)
+  let text = String(format: "%.\(digits)f", value)
+  // A small negative number is not printed as "-0.00".
+  return text.contains { $0 != "-" && $0 != "0" && $0 != "." } ? text : text.filter { $0 != "-" }
 }
 
 /// A number with four significant digits.

@@ -27,7 +27,21 @@ struct Smelt: ParsableCommand {
     // A stranger's HDF5 file can crash libhdf5; it shall not crash the command.
     HDF5.isolateLibrary()
     cleanUpOnSignals()
+    refuseNamesThatAreNoText()
     Self.main(nil)
+  }
+
+  /// Arguments are text to Swift: other bytes would become another name, that of no file.
+  private static func refuseNamesThatAreNoText() {
+    for index in 0..<Int(CommandLine.argc) {
+      guard let argument = CommandLine.unsafeArgv[index],
+        String(validatingCString: argument) == nil
+      else { continue }
+      exit(
+        withError: CheckpointError(
+          file: String(cString: argument), "has a name that is not UTF-8 text",
+          remedy: "rename it, or link to it under another name"))
+    }
   }
 
   /// INT and TERM remove what is being written before the process ends by that signal.

@@ -77,7 +77,8 @@ struct Upscale: ParsableCommand {
     help: ArgumentHelp(
       "wemoe, or mixtral: Llama-like experts as whole MLPs side by side, which transformers loads.",
       discussion:
-        "A Mixtral's gates are fitted to --activations; its config.json is written beside it."))
+        "A Mixtral's gates are fitted to --activations. An output without a file's ending is a folder with config.json and the base's tokenizer."
+    ))
   var format = Format.wemoe
 
   @Option(help: "Recorded activations, for --format mixtral.", completion: .file())
@@ -143,19 +144,30 @@ struct Upscale: ParsableCommand {
       models, scaling: scaling, activations: Checkpoint.open(activations!),
       expertsPerToken: min(expertsPerToken, family.experts.count))
     try refuse(writing: output, overInputs: family.paths + [activations!])
-    let folder = URL(filePath: output).deletingLastPathComponent()
-    let configuration = folder.appending(path: "config.json")
-    if sparse.configuration != nil {
-      for path in family.paths.map({ URL(filePath: $0).deletingLastPathComponent() })
-      where path.standardizedFileURL == folder.standardizedFileURL {
-        throw MergeError(
-          "\(configuration.path) is an input's", remedy: "write to a folder of its own")
+    let text = sparse.configuration?.text
+    let sink: any TensorSink
+    var configuration: URL?
+    if writesFolder {
+      var options = WritingOptions()
+      options.sideFilesOf = family.base
+      options.files = text.map { ["config.json": Array($0.utf8)] } ?? [:]
+      sink = try Checkpoint.create(folderPath, sparse.manifest, options)
+    } else {
+      let folder = URL(filePath: output).deletingLastPathComponent()
+      configuration = text == nil ? nil : folder.appending(path: "config.json")
+      for input in family.paths where configuration != nil {
+        let url = URL(filePath: input)
+        let own = isFolder(input) ? url : url.deletingLastPathComponent()
+        if own.standardizedFileURL == folder.standardizedFileURL {
+          throw MergeError(
+            "\(configuration!.path) is an input's", remedy: "write to a folder of its own")
+        }
       }
+      sink = try Checkpoint.create(output, sparse.manifest)
     }
-    let sink = try Checkpoint.create(output, sparse.manifest)
     let reports = try sparse.run(
       into: sink, memory: resources.memory.bytes, workers: resources.jobs)
-    if let text = sparse.configuration?.text {
+    if let configuration, let text {
       try Data(text.utf8).write(to: configuration, options: .atomic)
     }
     try models.checkUnchanged()
@@ -169,6 +181,16 @@ struct Upscale: ParsableCommand {
     print("\(output): a Mixtral, \(summary(of: sparse.manifest))")
     if sparse.configuration == nil { note("the base has no config.json to make one from") }
   }
+
+  /// Whether the output is a model's folder: its name ends in no format's ending.
+  private var writesFolder: Bool {
+    output.hasSuffix("/")
+      || !Checkpoint.formats.contains { format in
+        format.fileExtensions.contains { output.lowercased().hasSuffix("." + $0) }
+      }
+  }
+
+  private var folderPath: String { output.hasSuffix("/") ? output : output + "/" }
 
   private func options() throws -> Upscaling.Options {
     var options = Upscaling.Options()

@@ -65,7 +65,7 @@ struct HDF5IsolationTests {
         storage: .inline([1, 2, 3])),
       .init(
         path: "", storedType: .c64, dimensions: [0], name: "", dtype: nil, shape: [],
-        storage: .nothing),
+        storage: .nothing, fill: [0, 1]),
       .init(
         path: "c", storedType: .f64, dimensions: [.max], name: nil, dtype: nil, shape: nil,
         storage: .chunked(
@@ -75,6 +75,7 @@ struct HDF5IsolationTests {
     ]
     inventory.metadata = ["k": "v", "": ""]
     inventory.header = 5..<9
+    inventory.leftOut = [.init(path: "vocabulary", content: "strings")]
     return inventory
   }()
 

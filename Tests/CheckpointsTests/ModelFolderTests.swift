@@ -299,6 +299,23 @@ import Testing
         andPath: folder("model/1_Pooling/config.json")))
   }
 
+  @Test func `weights that do not come along are named, the model's own are not`() throws {
+    let folder = try TemporaryFolder()
+    let files = FileManager.default
+    try writeFolder(folder("original"), sizes: [1, 1], shardSize: 1)
+    for name in ["2_Dense/model.safetensors", "onnx/a.onnx", "onnx/b.onnx", "tf_model.h5"] {
+      let path = folder("original/\(name)")
+      try files.createDirectory(
+        atPath: String(path[..<path.lastIndex(of: "/")!]), withIntermediateDirectories: true)
+      try Data().write(to: URL(filePath: path))
+    }
+    #expect(
+      try ModelFolder.sideFileWarnings(of: folder("original"))
+        == ["tf_model.h5", "2_Dense/model.safetensors", "onnx/a.onnx and 1 others"].map {
+          "\(folder("original"))/\($0): not copied: weights beside the model's own"
+        })
+  }
+
   @Test func `beside a file only a model's usual files come along`() throws {
     let folder = try TemporaryFolder()
     let files = FileManager.default

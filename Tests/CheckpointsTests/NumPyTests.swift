@@ -90,6 +90,69 @@ import Testing
     #expect(try FileManager.default.contentsOfDirectory(atPath: folder.path) == ["x.npz"])
   }
 
+  /// Writes tensors with metadata and an order of their own as safetensors.
+  private func writeOriginal(_ folder: TemporaryFolder) throws -> [UInt8] {
+    let header =
+      #"{"z":{"dtype":"BF16","shape":[2],"data_offsets":[0,4]},"__metadata__":{"by":"é\n","a":""},"#
+      + #""m":{"shape":[4],"dtype":"F4","data_offsets":[4,6]},"a":{"dtype":"U8","shape":[0],"data_offsets":[6,6]}}"#
+    let bytes = safetensors(Array(header.utf8), body: [1, 2, 3, 4, 5, 6])
+    try Data(bytes).write(to: URL(filePath: folder("a.safetensors")))
+    return bytes
+  }
+
+  @Test(arguments: [false, true])
+  func `safetensors come back from an archive byte for byte`(isCompressed: Bool) throws {
+    let folder = try TemporaryFolder()
+    let original = try writeOriginal(folder)
+    let source = try Checkpoint.open(folder("a.safetensors"))
+    let sink = try NumPy.create(folder("x.npz"), source.manifest, isCompressed: isCompressed)
+    try source.copy(into: sink)
+    try sink.finish()
+    let archive = try Checkpoint.open(folder("x.npz"))
+    #expect(archive.warnings == [])
+    #expect(archive.manifest.metadata == ["by": "é\n", "a": ""])
+    #expect(archive.manifest.tensors.map { $0.name } == ["z", "m", "a"])
+    try Checkpoint.write(archive, to: folder("b.safetensors"))
+    #expect(
+      try [UInt8](Data(contentsOf: URL(filePath: folder("b.safetensors")))) == original)
+  }
+
+  @Test func `metadata without a header is kept too`() throws {
+    let folder = try TemporaryFolder()
+    let tensor = try TensorInfo(name: "t", dtype: .u8, shape: [1])
+    try write([tensor: [7]], metadata: ["format": "pt"], to: folder("x.npz"))
+    #expect(try Checkpoint.open(folder("x.npz")).manifest.metadata == ["format": "pt"])
+  }
+
+  @Test func `a kept header that no longer fits the arrays is passed over`() throws {
+    let folder = try TemporaryFolder()
+    _ = try writeOriginal(folder)
+    try Checkpoint.write(Checkpoint.open(folder("a.safetensors")), to: folder("x.npz"))
+    var file = try Data(contentsOf: URL(filePath: folder("x.npz")))
+    // In the kept header alone: elsewhere the types have other names.
+    let name = try #require(file.range(of: Data(#""BF16""#.utf8)))
+    file.replaceSubrange(name, with: Data(#""BF61""#.utf8))
+    try file.write(to: URL(filePath: folder("x.npz")))
+    let archive = try Checkpoint.open(folder("x.npz"))
+    #expect(archive.manifest.metadata == [:])
+    #expect(try archive.bytes(of: archive.tensor("z")) == [1, 2, 3, 4])
+  }
+
+  @Test func `more entries than stay unpacked are read in any order`() throws {
+    let folder = try TemporaryFolder()
+    let tensors = try (0..<40).map { try TensorInfo(name: "\($0)", dtype: .u8, shape: [3]) }
+    let sink = try NumPy.create(folder("x.npz"), Manifest(tensors), isCompressed: true)
+    for (number, tensor) in tensors.enumerated() {
+      try sink.write([UInt8](repeating: UInt8(number), count: 3).span.bytes, of: tensor, at: 0)
+    }
+    try sink.finish()
+    let source = try Checkpoint.open(folder("x.npz"))
+    for number in Array(0..<40) + [3, 39, 0, 20] {
+      #expect(
+        try source.bytes(of: tensors[number]) == [UInt8](repeating: UInt8(number), count: 3))
+    }
+  }
+
   // MARK: Malformed
 
   private static func array(_ header: String, body: Int = 0) -> [UInt8] {

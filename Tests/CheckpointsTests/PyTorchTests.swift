@@ -82,6 +82,62 @@ import Testing
     #expect(source.warnings == ["\(source.path): 2 values that are no tensors left out"])
   }
 
+  @Test func `what training leaves beside tensors is passed over`() throws {
+    let source = try Checkpoint.open(fixture("pytorch/training.ckpt"))
+    let moments = [0, 1].flatMap { number in
+      ["step", "exp_avg", "exp_avg_sq"].map { "optimizer.state.\(number).\($0)" }
+    }
+    #expect(
+      source.manifest.tensors.map { $0.name }
+        == ["state_dict.weight", "state_dict.bias"] + moments + ["parameter"])
+    #expect(try source.floats(of: "parameter") == [1, 1])
+    #expect(try source.floats(of: "optimizer.state.0.step") == [1])
+    #expect(source.warnings.count == 1)
+  }
+
+  @Test func `small floats and parts of a shared storage are read`() throws {
+    let source = try Checkpoint.open(fixture("pytorch/odd.pt"))
+    #expect(try source.bytes(of: source.tensor("f8")) == [0, 0x38, 0x40, 0x44])
+    #expect(try source.tensor("f8").dtype == .f8E4M3)
+    #expect(try source.floats(of: "shared.0") == [8, 9])
+    #expect(try source.floats(of: "shared.1") == [13, 14, 15, 16, 17])
+    #expect(try source.tensor("shared.1").shape == [1, 5])
+  }
+
+  @Test(arguments: [
+    (
+      "namespace",
+      #"asks Python for "argparse.Namespace", which no tensor needs; nothing was run; if you trust it, save only its state_dict with PyTorch"#
+    ),
+    (
+      "complex128",
+      "has a tensor of complex128, a type that is not known; make it complex64 in PyTorch and save the file again"
+    ),
+    (
+      "quantised",
+      "has a tensor that is quantised; dequantise it in PyTorch and save the file again"
+    ),
+    ("sparse", "has a tensor that is sparse; make it dense in PyTorch and save the file again"),
+    ("sparse_csr", "has a tensor that is sparse; make it dense in PyTorch and save the file again"),
+    (
+      "meta",
+      "has a tensor on the meta device, which has no values; leave it out in PyTorch and save the file again"
+    ),
+    (
+      "conjugate",
+      "has a tensor that is conjugated or negated only when it is read; save tensor.resolve_conj().resolve_neg() in PyTorch"
+    ),
+    (
+      "negative",
+      "has a tensor that is conjugated or negated only when it is read; save tensor.resolve_conj().resolve_neg() in PyTorch"
+    ),
+  ])
+  func `a tensor that cannot be rebuilt is refused by name`(file: String, error: String) throws {
+    let path = fixture("pytorch/\(file).pt")
+    let found = try #require(throws: CheckpointError.self) { try Checkpoint.open(path) }
+    #expect(found.description == "\(path): \(error)")
+  }
+
   @Test func `a sharded model is read`() throws {
     let folder = try TemporaryFolder()
     try FileManager.default.copyItem(

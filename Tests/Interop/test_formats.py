@@ -116,6 +116,15 @@ class Formats(unittest.TestCase):
         for name, array in self.arrays.items():
             self.same(ours[name], array, name)
 
+    def test_a_name_that_is_not_text_is_refused(self):
+        result = subprocess.run([SMELT, "inspect", b"a\xff.h5"], capture_output=True)
+        self.assertEqual(result.returncode, 1)
+        self.assertEqual(
+            result.stderr.decode(),
+            "Error: a\ufffd.h5: has a name that is not UTF-8 text; "
+            "rename it, or link to it under another name\n",
+        )
+
 
 if __name__ == "__main__":
     unittest.main()

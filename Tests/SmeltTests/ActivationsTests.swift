@@ -58,6 +58,64 @@ struct ActivationsTests {
     }
   }
 
+  @Test func `the static part's λ is chosen by the model's outputs`() throws {
+    let inputs = try writeInputs()
+    let experts = Self.experts.flatMap {
+      ["--expert", "\($0)=\(fixtures("digits/\($0).safetensors"))"]
+    }
+    for (name, scaling) in [("third", "0.3"), ("chosen", "0.6")] {
+      let made = try smelt(
+        ["upscale", "--base", base] + experts + ["--lambda", scaling, "-o", folder("\(name).h5")])
+      #expect(made.code == 0)
+    }
+    let result = try smelt(
+      ["calibrate", folder("third.h5"), "--progressive", inputs, "--heads", "4", "--choose-lambda"]
+        + ["--base", base] + experts + ["--report", folder("report.svg")]
+        + ["-o", folder("fitted.safetensors")])
+    #expect(result.code == 0, "\(result.errors)")
+    // λ, error, and an arrow at the one that was taken.
+    let lines = result.output.split(separator: "\n").map { $0.split(separator: " ") }
+    let trials = lines.compactMap { words in
+      words.count >= 2 ? Float(words[0]).map { ($0, Double(words[1])!, words.count == 3) } : nil
+    }
+    #expect(
+      trials.map { $0.0 }
+        == Array([0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1].prefix(trials.count)))
+    let chosen = try #require(trials.first { $0.2 })
+    #expect(trials.allSatisfy { chosen.1 <= $0.1 })
+    #expect(try text(of: folder("report.svg")).contains("λ 0.2"))
+
+    // What is written is what upscaling with that λ writes, and what the arrow says.
+    let fitted = try Checkpoint.open(folder("fitted.safetensors"))
+    let name = "vision_model.encoder.layers.1.self_attn.q_proj.weight"
+    let (start, third, own) = (
+      try Checkpoint.open(base).floats(of: name),
+      try Checkpoint.open(folder("third.h5")).floats(of: name), try fitted.floats(of: name)
+    )
+    for index in own.indices {
+      let wanted = start[index] + chosen.0 / 0.3 * (third[index] - start[index])
+      #expect(abs(own[index] - wanted) < 1e-6)
+    }
+    let description = try #require(fitted.manifest.metadata["wemoe"])
+    #expect(description.contains("\"scaling\":\(chosen.0)"))
+  }
+
+  private func text(of path: String) throws -> String {
+    try String(contentsOfFile: path, encoding: .utf8)
+  }
+
+  @Test func `a choice of λ says what it needs`() throws {
+    let lonely = try smelt(
+      "calibrate", "m.h5", "--progressive", "i.npz", "--choose-lambda", "-o", "o.h5")
+    #expect(lonely.code == 64)
+    #expect(lonely.errors.contains("--choose-lambda and --base go together."))
+    let recorded = try smelt(
+      "calibrate", "m.h5", "--activations", "a.npz", "--choose-lambda", "--base", "b.h5", "-o",
+      "o.h5")
+    #expect(recorded.code == 64)
+    #expect(recorded.errors.contains("--choose-lambda needs --progressive and every --expert."))
+  }
+
   @Test func `a model without a configuration needs its heads`() throws {
     let result = try smelt("activations", base, try writeInputs(), "-o", folder("a.safetensors"))
     #expect(result.code == 1)

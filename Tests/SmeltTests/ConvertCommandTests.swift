@@ -41,6 +41,23 @@ struct ConvertCommandTests {
     #expect(try output.floats(of: "model.a.weight")[2] == .infinity)
   }
 
+  @Test func `what a killed run has left is named and not used`() throws {
+    // No process has the highest number there is.
+    let leftover = folder(".out.h5.2147483647.partial")
+    try Data([1, 2, 3]).write(to: URL(filePath: leftover))
+    // Of another output, and of a process that is there.
+    for name in [".other.h5.2147483647.partial", ".out.h5.1.partial"] {
+      try Data().write(to: URL(filePath: folder(name)))
+    }
+    let result = try smelt("convert", folder("in.safetensors"), folder("out.h5"))
+    #expect(result.code == 0)
+    #expect(
+      result.errors
+        == "smelt: an earlier run that wrote \(folder("out.h5")) was killed; its unfinished files are still there and can be removed: \(leftover)\n"
+    )
+    #expect(try Data(contentsOf: URL(filePath: leftover)) == Data([1, 2, 3]))
+  }
+
   @Test func `tensors are chosen and renamed by pattern`() throws {
     let result = try smelt(
       "convert", folder("in.safetensors"), folder("out.npz"), "--include", "model.*",

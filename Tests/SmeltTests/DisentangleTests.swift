@@ -116,6 +116,35 @@ struct DisentangleTests {
     #expect(try folder.names == [])
   }
 
+  @Test func `no input is written over, the Gram matrices neither`() throws {
+    _ = try smelt(["gram"] + Self.family + ["-o", folder("g.safetensors")])
+    let before = try Checkpoint.open(folder("g.safetensors")).manifest.tensors
+    let clean = ["--clean", "awd-model", "--gram", folder("g.safetensors")]
+    for output in [
+      ["-o", folder("g.safetensors")],
+      ["-o", folder("x.h5"), "--redundant", folder("g.safetensors")],
+    ] {
+      let result = try smelt(["disentangle"] + Self.family + clean + output)
+      #expect(result.code == 1)
+      #expect(
+        result.errors
+          == "Error: \(folder("g.safetensors")) is also an input; write to another name\n")
+    }
+    // The Gram matrices that are written beside the output go to the file that was read.
+    try FileManager.default.createDirectory(
+      atPath: folder("out"), withIntermediateDirectories: true)
+    try FileManager.default.moveItem(
+      atPath: folder("g.safetensors"), toPath: folder("out/gram.safetensors"))
+    let result = try smelt(
+      ["disentangle"] + Self.family
+        + ["--clean", "awd-model", "--gram", folder("out/gram.safetensors"), "-o", folder("out")])
+    #expect(
+      result.errors
+        == "Error: \(folder("out/gram.safetensors")) is also an input; write to another name\n")
+    #expect(try folder.names == ["out"])
+    #expect(try Checkpoint.open(folder("out/gram.safetensors")).manifest.tensors == before)
+  }
+
   @Test func `what is not understood in --clean is wrong usage`() throws {
     let result = try smelt(
       ["disentangle"] + Self.family + ["-o", folder("x.h5"), "--clean", "awd-row,scope=all"])
@@ -128,6 +157,15 @@ struct DisentangleTests {
       ["disentangle"] + Self.family + ["-o", folder("x.h5"), "--clean", "awd-model,penalty=9"])
     #expect(result.code == 0)
     #expect(result.errors.contains("smelt: nothing was cleaned: the penalty 9 is at or above"))
+  }
+
+  @Test func `a descent that overshoots is said`() throws {
+    let result = try smelt(
+      ["disentangle"] + Self.family
+        + ["-o", folder("x.h5"), "--clean", "awd-model,scope=tensor,penalty=none,rate=50"])
+    #expect(result.code == 0)
+    #expect(result.errors.contains("smelt: the descent overshot: the mean |cos| rose from 0."))
+    #expect(result.errors.contains("; lower the rate, or use optimizer=converged\n"))
   }
 
   @Test(arguments: ["awd-model", "awd-model,scope=block", "awd-row,optimizer=converged"])

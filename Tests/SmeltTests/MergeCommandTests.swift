@@ -76,6 +76,39 @@ struct MergeCommandTests {
     #expect(card.contains("- \(folder("b"))"))
   }
 
+  @Test func `cleaning is a step of a recipe, planned and reported`() throws {
+    for (name, seed) in [("a", 1), ("b", 2), ("c", 3)] { try makeModel(name, seed: seed) }
+    let recipe = try write(
+      """
+      merge_method: task_arithmetic
+      base_model: @a
+      models: [{model: @b}, {model: @c}]
+      parameters: {weight: 0.5}
+      task_vectors: {clean: {scope: model, penalty: 0.001}}
+      """)
+    let plan = try smelt("merge", recipe, folder("out"), "--dry-run")
+    #expect(plan.code == 0, "\(plan.errors)")
+    #expect(
+      plan.output.contains("cleans the task vectors of 4 tensors by awd-model scope=model"))
+    #expect(plan.output.contains("3 inputs, cleaned, 2 passes"))
+    let result = try smelt("merge", recipe, folder("out"))
+    #expect(result.code == 0, "\(result.errors)")
+    #expect(result.output.contains("mean |cos| of the task vectors: "))
+    let merged = try Checkpoint.open(folder("out"))
+    #expect(merged.manifest.metadata["cleaning"]?.hasPrefix("awd-model scope=model") == true)
+    let none = try write(
+      """
+      merge_method: ties
+      base_model: @a
+      models: [{model: @b}, {model: @c}]
+      parameters: {weight: 0.5}
+      task_vectors: {clean: {scope: model, penalty: 99}}
+      """)
+    let idle = try smelt("merge", none, folder("other"))
+    #expect(idle.code == 0)
+    #expect(idle.errors.contains("smelt: nothing was cleaned: the penalty 99 is at or above"))
+  }
+
   @Test func `slices change the number of layers in the configuration and nothing else`() throws {
     try makeModel("a", seed: 1)
     try makeModel("b", seed: 2)

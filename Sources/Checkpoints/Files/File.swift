@@ -133,7 +133,11 @@ public struct File: ~Copyable, Sendable {
   }
 
   /// Starts writing a range to the disk, without waiting for it.
+  ///
+  /// A small range is left to the kernel: flushed each by itself, a million small tensors are a
+  /// million writes of the same few pages.
   func startFlush(at offset: Int, count: Int) {
+    guard count >= 1 << 18 else { return }
     _ = sync_file_range(descriptor, off_t(offset), off_t(count), smelt_sync_file_range_write)
   }
 
@@ -171,6 +175,9 @@ extension File {
     }
   }
 }
+
+/// Where temporary files go that belong to no output.
+var temporaryFolder: String { getenv("TMPDIR").map { String(cString: $0) } ?? "/var/tmp" }
 
 /// Whether two paths lead to the same file; a path that leads nowhere is no file's.
 public func isSameFile(_ one: String, _ other: String) throws(CheckpointError) -> Bool {

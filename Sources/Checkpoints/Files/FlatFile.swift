@@ -10,13 +10,16 @@ final class FlatSource: TensorSource {
   private let file: MappedFile
   /// The checksums of the manifest's tensors, if the file records them.
   private let checksums: TensorChecksums?
+  let warnings: [String]
   /// `nil` if the file is small or was in memory before it was opened: there it stays.
   private let behind: ReadBehind?
 
   /// - Precondition: every tensor lies within the file; the format has checked it.
   init(
-    _ file: MappedFile, _ manifest: Manifest, offsets: [Int], checksums: TensorChecksums? = nil
+    _ file: MappedFile, _ manifest: Manifest, offsets: [Int], checksums: TensorChecksums? = nil,
+    warnings: [String] = []
   ) {
+    self.warnings = warnings
     precondition(offsets.count == manifest.tensors.count)
     precondition(checksums.map { $0.count == offsets.count } ?? true)
     self.checksums = checksums

@@ -19,7 +19,10 @@ func likeness(of beginning: [UInt8]) -> (kind: String, remedy: String?)? {
   if beginning.starts(with: [0x28, 0xB5, 0x2F, 0xFD]) { return ("a zstd file", nil) }
   // The number that PyTorch's files began with as a pickle, before they were zip files.
   if beginning.starts(with: [0x80, 0x02, 0x8A, 0x0A, 0x6C, 0xFC, 0x9C, 0x46, 0xF9, 0x20, 0x6A]) {
-    return ("a PyTorch file of before 1.6", "load it and save it again with PyTorch")
+    return (
+      "a PyTorch file of before 1.6",
+      "in Python: safetensors.torch.save_file(torch.load(FILE, weights_only=True), NEW_FILE)"
+    )
   }
   if beginning.count > 1, beginning[0] == 0x80, (2...5).contains(beginning[1]) {
     return ("a Python pickle", nil)

@@ -36,49 +36,6 @@ final class MappedFile: @unchecked Sendable {
     try file.read(at: offset, into: &buffer)
   }
 
-  /// Copies part of a strided tensor out of the mapping, its elements in row-major order.
-  ///
-  /// What the part reaches over is resident meanwhile: for a transposed matrix all of it.
-  /// - Precondition: every element lies within the file.
-  func gather(
-    from start: Int, shape: [Int], strides: [Int], width: Int, at offset: Int,
-    into buffer: inout MutableRawSpan
-  ) throws(CheckpointError) {
-    precondition(offset.isMultiple(of: width) && buffer.byteCount.isMultiple(of: width))
-    guard buffer.byteCount > 0, let base else { return }
-    let reach = zip(shape, strides).reduce(1) { $0 + ($1.0 - 1) * $1.1 } * width
-    precondition(start >= 0 && start + reach <= size)
-    let page = Int(getpagesize())
-    let pages = base + start / page * page
-    let length = start % page + reach
-    guard retrying({ madvise(pages, length, Int32(MADV_POPULATE_READ)) }) == 0 || errno == EINVAL
-    else { throw .system(path, "cannot be read at byte \(start)") }
-    // The index of the first element, digit by digit, and its place.
-    var index = shape
-    var rest = offset / width
-    for axis in shape.indices.reversed() {
-      index[axis] = rest % shape[axis]
-      rest /= shape[axis]
-    }
-    var place = base + start + zip(index, strides).reduce(0) { $0 + $1.0 * $1.1 } * width
-    buffer.withUnsafeMutableBytes { target in
-      for done in stride(from: 0, to: target.count, by: width) {
-        (target.baseAddress! + done).copyMemory(from: place, byteCount: width)
-        // The next index: the last digit counts up, and what overflows carries to the left.
-        var axis = shape.count - 1
-        while axis >= 0 {
-          index[axis] += 1
-          place += strides[axis] * width
-          if index[axis] < shape[axis] { break }
-          place -= shape[axis] * strides[axis] * width
-          index[axis] = 0
-          axis -= 1
-        }
-      }
-    }
-    madvise(pages, length, Int32(MADV_DONTNEED))
-  }
-
   /// A copy of some bytes; for headers, not for tensors.
   func bytes(at offset: Int, count: Int) throws(CheckpointError) -> [UInt8] {
     var bytes = [UInt8](repeating: 0, count: count)

@@ -19,9 +19,14 @@ final class ZipArchive: Sendable {
   /// The kind of our own extra field, of those that are free: "Sm".
   static let noteKind = 0x6D53
 
+  /// The kind of the fields that hold, one after the other, the safetensors header: "Sh".
+  static let headerKind = 0x6853
+
   let path: String
   let file: MappedFile
   let entries: [Entry]
+  /// The safetensors header that the tensors came with, if a whole one is here.
+  let safetensorsHeader: [UInt8]
   private let positions: [ExactName: Int]
 
   init(_ path: String) throws(CheckpointError) {
@@ -29,18 +34,20 @@ final class ZipArchive: Sendable {
     file = try MappedFile(path)
     let directory = try Self.findDirectory(file)
     var entries: [Entry] = []
+    var header: [UInt8] = []
     var positions: [ExactName: Int] = [:]
     var bytes = LittleEndianReader(
       try file.bytes(at: directory.offset, count: directory.size), file: path,
       subject: "the zip directory")
     for _ in 0..<directory.count {
-      let entry = try Self.readEntry(&bytes, before: directory.offset)
+      let entry = try Self.readEntry(&bytes, before: directory.offset, &header)
       guard positions.updateValue(entries.count, forKey: ExactName(entry.name)) == nil else {
         throw CheckpointError(file: path, "has two zip entries \(quoted(entry.name))")
       }
       entries.append(entry)
     }
     self.entries = entries
+    safetensorsHeader = header
     self.positions = positions
   }
 
@@ -122,7 +129,7 @@ final class ZipArchive: Sendable {
   }
 
   private static func readEntry(
-    _ bytes: inout LittleEndianReader, before end: Int
+    _ bytes: inout LittleEndianReader, before end: Int, _ header: inout [UInt8]
   ) throws(CheckpointError) -> Entry {
     guard try bytes.unsigned(4) == 0x0201_4B50 else {
       throw bytes.failure("has a damaged zip directory")
@@ -151,6 +158,7 @@ final class ZipArchive: Sendable {
       let kind = try extra.unsigned(2)
       let length = Int(try extra.unsigned(2))
       let content = try extra.take(length)
+      if kind == ZipArchive.headerKind { header += content }
       if kind == ZipArchive.noteKind { note = String(decoding: content, as: UTF8.self) }
       var field = LittleEndianReader(content, file: bytes.file, subject: "a zip entry")
       // The 64-bit sizes: only those that did not fit, in this order.

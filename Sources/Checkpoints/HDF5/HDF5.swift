@@ -18,6 +18,18 @@ public enum HDF5: CheckpointFormat {
     beginning.starts(with: [0x89, 0x48, 0x44, 0x46, 0x0D, 0x0A, 0x1A, 0x0A])
   }
 
+  /// Whether HDF5 begins behind something else: at byte 512 or a doubling of it.
+  static func hasUserBlock(_ path: String) throws(CheckpointError) -> Bool {
+    let file = try File(reading: path)
+    let size = try file.size()
+    var offset = 512
+    while offset <= min(size - 8, 1 << 20) {
+      if recognises(try file.bytes(at: offset, count: 8)) { return true }
+      offset *= 2
+    }
+    return false
+  }
+
   public static func open(_ path: String) throws(CheckpointError) -> any TensorSource {
     let before = try FileStamp(File(reading: path))
     let source = try source(inventory(path), path)
@@ -39,7 +51,8 @@ public enum HDF5: CheckpointFormat {
     let contents = try Contents(proving: inventory, of: file)
     if let offsets = contents.offsets {
       return FlatSource(
-        file, contents.manifest, offsets: offsets, checksums: contents.checksums)
+        file, contents.manifest, offsets: offsets, checksums: contents.checksums,
+        warnings: contents.warnings)
     }
     return try HDF5Source(path, contents)
   }

@@ -11,24 +11,32 @@ extension HDF5 {
     let places: [Place]
     /// The checksums of the manifest's tensors, if the file has them.
     let checksums: TensorChecksums?
+    /// What was left out of the file.
+    let warnings: [String]
   }
 
   enum Place: Sendable {
     /// From this byte of the file on.
     case range(from: Int)
     case inline([UInt8])
-    /// In these chunks, each within the file, one for every cell of the grid.
-    case chunks(ChunkGrid, [Filter], [Chunk])
+    /// In these chunks, each within the file, at most one for every cell of the grid, in order;
+    /// elsewhere is the fill value.
+    case chunks(ChunkGrid, [Filter], [Chunk], fill: [UInt8])
+    /// Nowhere: every element has these bytes.
+    case fill([UInt8])
   }
 
   /// Chunks of others may be large, but a worker must hold one.
   static let largestChunk = 1 << 30
+  /// What was never written costs its maker nothing; more of it than this is no mistake.
+  static let largestUnwritten = 4 << 30
 }
 
 extension HDF5.Contents {
   /// - Throws: what is wrong with the inventory, by name.
   init(proving inventory: HDF5.Inventory, of file: MappedFile) throws(CheckpointError) {
     let path = file.path
+    warnings = inventory.leftOut.isEmpty ? [] : [Self.warning(inventory.leftOut, path)]
     var names = Set<ExactName>()
     var tensors: [(tensor: TensorInfo, place: HDF5.Place)] = []
     for dataset in inventory.datasets {
@@ -55,6 +63,12 @@ extension HDF5.Contents {
     manifest = original
     places = original.tensors.map { byName[ExactName($0.name)]! }
     checksums = try inventory.checksums?.read(for: manifest, from: path)
+  }
+
+  private static func warning(_ leftOut: [HDF5.Inventory.LeftOut], _ path: String) -> String {
+    let shown = leftOut.prefix(5).map { "\(quoted($0.path)) (\($0.content))" }
+    let more = leftOut.count > 5 ? " and \(leftOut.count - 5) more" : ""
+    return "\(path): leaves out what is no tensor: \(shown.joined(separator: ", "))\(more)"
   }
 
   /// What the kept safetensors header says, if it still says what the file holds: someone may
@@ -137,7 +151,9 @@ extension HDF5.Inventory.Dataset {
       }
     }
     switch storage {
-    case .nothing: throw HDF5Failure("has a shape but no bytes")
+    case .nothing:
+      try proveUnwritten(tensor.byteCount)
+      return .fill(try provenFill)
     case .contiguous(let offset):
       try prove("", at: offset, tensor.byteCount)
       return .range(from: offset)
@@ -152,15 +168,32 @@ extension HDF5.Inventory.Dataset {
       guard let grid, grid.chunkByteCount <= HDF5.largestChunk else {
         throw HDF5Failure("has chunks of more than \(HDF5.largestChunk) bytes")
       }
-      // Also what makes a shape cost its maker something: a cell has at least a chunk's entry.
-      guard chunks.count == grid.count else {
-        throw HDF5Failure("has \(chunks.count) of its \(grid.count) chunks")
-      }
+      if chunks.count < grid.count { try proveUnwritten(tensor.byteCount) }
       for (index, chunk) in chunks.enumerated() {
-        guard chunk.number == index else { throw HDF5Failure("has a chunk twice") }
+        guard (0..<grid.count).contains(chunk.number) else {
+          throw HDF5Failure("has a chunk outside its shape")
+        }
+        guard index == 0 || chunks[index - 1].number < chunk.number else {
+          throw HDF5Failure("has a chunk twice")
+        }
         try prove("a chunk of ", at: chunk.offset, chunk.byteCount)
       }
-      return .chunks(grid, filters, chunks)
+      return .chunks(grid, filters, chunks, fill: try provenFill)
+    }
+  }
+
+  private func proveUnwritten(_ byteCount: Int) throws(HDF5Failure) {
+    guard byteCount <= HDF5.largestUnwritten else {
+      throw HDF5Failure("has a shape of \(byteCount) bytes of which some were never written")
+    }
+  }
+
+  private var provenFill: [UInt8] {
+    get throws(HDF5Failure) {
+      let width = storedType.bitWidth / 8
+      if fill.isEmpty { return [UInt8](repeating: 0, count: width) }
+      guard fill.count == width else { throw HDF5Failure("has a fill value of another type") }
+      return fill
     }
   }
 }

@@ -13,16 +13,19 @@ extension HDF5 {
       let dtype: String?
       let shape: [Int]?
       let storage: Storage
+      /// The bytes of one element where none was written; all zero if empty.
+      var fill: [UInt8] = []
     }
 
     enum Storage: Equatable, Sendable {
-      /// No bytes, because there are no elements.
+      /// No bytes, because there are no elements or none was ever written.
       case nothing
       /// All bytes in one place, from this byte of the file on.
       case contiguous(at: Int)
       /// In the dataset's own description: these.
       case inline([UInt8])
-      /// Cut into boxes of these dimensions, which are stored one by one, in order.
+      /// Cut into boxes of these dimensions, which are stored one by one: those that were ever
+      /// written, in order.
       case chunked(dimensions: [Int], filters: [Filter], chunks: [Chunk])
     }
 
@@ -34,6 +37,13 @@ extension HDF5 {
     var header: Range<Int>?
     /// Where the checksums of the tensors lie.
     var checksums: HDF5.ChecksumRows?
+    /// Datasets of strings and the like, which are no tensors, and what they hold.
+    var leftOut: [LeftOut] = []
+
+    struct LeftOut: Equatable, Sendable {
+      let path: String
+      let content: String
+    }
   }
 }
 
@@ -53,17 +63,29 @@ extension HDF5.Inventory {
 private struct HDF5Reader: ~Copyable {
   private let file: HDF5Handle
   private let attributes: HDF5Attributes
-  private var visited: Set<haddr_t> = []
+  private var visits: [haddr_t: Int] = [:]
+  /// The groups on the way to the one that is read.
+  private var ancestors: [haddr_t] = []
   private(set) var inventory = HDF5.Inventory()
 
   /// Deeper than any model's layers; shallow enough for a thread's stack.
   private static let deepest = 200
+  /// More often than anyone links to a group; seldom enough that links cannot multiply.
+  private static let mostVisits = 16
 
   init(_ path: String) throws(HDF5Failure) {
     let access = try HDF5Handle(H5Pcreate(smelt_h5_file_access()))
     // A file that someone is writing is refused, unless the file system cannot tell.
     try HDF5Library.check(H5Pset_file_locking(access.id, true, true))
     let file = try HDF5Handle(H5Fopen(path, smelt_h5_read_only(), access.id))
+    let creation = try HDF5Handle(H5Fget_create_plist(file.id))
+    var block: hsize_t = 0
+    try HDF5Library.check(H5Pget_userblock(creation.id, &block))
+    guard block == 0 else {
+      throw HDF5Failure(
+        "is HDF5 behind a user block of \(block) bytes, which Smelt does not read",
+        remedy: "take the block off with 'h5unjam --delete -i FILE -o NEW.h5'")
+    }
     self.attributes = try HDF5Attributes()
     self.file = file
   }
@@ -81,8 +103,16 @@ private struct HDF5Reader: ~Copyable {
     }
     var address: haddr_t = 0
     try HDF5Library.check(smelt_h5_address(group.id, &address))
-    guard visited.insert(address).inserted else {
-      throw HDF5Failure("has a group that appears twice, here as \(quoted(path))")
+    guard !ancestors.contains(address) else {
+      throw HDF5Failure("has a group that holds itself, here as \(quoted(path))")
+    }
+    ancestors.append(address)
+    defer { ancestors.removeLast() }
+    visits[address, default: 0] += 1
+    guard visits[address]! <= HDF5Reader.mostVisits else {
+      throw HDF5Failure(
+        "has a group that appears more than \(HDF5Reader.mostVisits) times, here as \(quoted(path))"
+      )
     }
     for link in try links(of: group) {
       let member = path.isEmpty ? link.name : "\(path)/\(link.name)"
@@ -96,9 +126,13 @@ private struct HDF5Reader: ~Copyable {
       case H5I_GROUP where member == HDF5.metadataGroup: try readMetadata(object)
       case H5I_GROUP: try read(object, path: member, depth: depth + 1)
       case H5I_DATASET:
-        do { inventory.datasets.append(try dataset(object, path: member)) } catch {
-          throw error.of(member)
-        }
+        do throws(HDF5Failure) {
+          if let content = try contentWithoutTensor(of: object) {
+            inventory.leftOut.append(.init(path: member, content: content))
+          } else {
+            inventory.datasets.append(try dataset(object, path: member))
+          }
+        } catch { throw error.of(member) }
       case H5I_DATATYPE: continue  // A type with a name: those who use it name it themselves.
       default: throw HDF5Failure("has at \(quoted(member)) an object of an unknown kind")
       }
@@ -164,6 +198,25 @@ private struct HDF5Reader: ~Copyable {
     return (offset..<end.partialValue, try ask(handle))
   }
 
+  /// What a dataset holds that is by its kind no tensor; of Smelt's files all are tensors.
+  private func contentWithoutTensor(of dataset: borrowing HDF5Handle) throws(HDF5Failure)
+    -> String?
+  {
+    guard try HDF5Library.check(H5Lexists(file.id, HDF5.metadataGroup, hid_t(H5P_DEFAULT))) == 0
+    else { return nil }
+    let type = try HDF5Handle(H5Dget_type(dataset.id))
+    switch H5Tget_class(type.id) {
+    case H5T_STRING: return "strings"
+    case H5T_REFERENCE: return "references"
+    case H5T_VLEN: return "lists of varying length"
+    case H5T_COMPOUND:
+      // Numbers that are too wide are refused: they would be missed.
+      return H5Tget_member_index(type.id, "r") == 0 && H5Tget_member_index(type.id, "i") == 1
+        ? nil : "compounds of \(H5Tget_nmembers(type.id)) fields"
+    default: return nil
+    }
+  }
+
   private func dataset(_ dataset: borrowing HDF5Handle, path: String) throws(HDF5Failure)
     -> HDF5.Inventory.Dataset
   {
@@ -175,7 +228,22 @@ private struct HDF5Reader: ~Copyable {
       name: try attributes.text(HDF5.nameAttribute, of: dataset),
       dtype: try attributes.text(HDF5.dtypeAttribute, of: dataset),
       shape: try attributes.integers(HDF5.shapeAttribute, of: dataset)?.map(Int.init),
-      storage: dimensions.contains(0) ? .nothing : try storage(of: dataset, storedType, dimensions))
+      storage: dimensions.contains(0) ? .nothing : try storage(of: dataset, storedType, dimensions),
+      fill: try fill(of: dataset, storedType))
+  }
+
+  /// The bytes of an element that was never written; none if they are zero.
+  private func fill(of dataset: borrowing HDF5Handle, _ type: DType) throws(HDF5Failure) -> [UInt8]
+  {
+    let creation = try HDF5Handle(H5Dget_create_plist(dataset.id))
+    var defined = H5D_FILL_VALUE_ERROR
+    try HDF5Library.check(H5Pfill_value_defined(creation.id, &defined))
+    guard defined == H5D_FILL_VALUE_USER_DEFINED else { return [] }
+    let memory = try type.hdf5Type()
+    var bytes = [UInt8](repeating: 0, count: type.bitWidth / 8)
+    try HDF5Library.check(
+      bytes.withUnsafeMutableBytes { H5Pget_fill_value(creation.id, memory.id, $0.baseAddress) })
+    return bytes
   }
 
   private func dimensions(of dataset: borrowing HDF5Handle) throws(HDF5Failure) -> [Int] {
@@ -203,9 +271,8 @@ private struct HDF5Reader: ~Copyable {
     }
     switch H5Pget_layout(creation.id) {
     case H5D_CONTIGUOUS:
-      guard let offset = Int(exactly: H5Dget_offset(dataset.id)) else {
-        throw HDF5Failure("has a shape but no bytes: it was never written")
-      }
+      // An address that is none is that of what was never written.
+      guard let offset = Int(exactly: H5Dget_offset(dataset.id)) else { return .nothing }
       return .contiguous(at: offset)
     case H5D_COMPACT: return .inline(try compactBytes(of: dataset, type, dimensions))
     case H5D_CHUNKED: return try chunks(of: dataset, creation, dimensions)

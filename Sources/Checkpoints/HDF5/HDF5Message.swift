@@ -19,6 +19,10 @@ enum HDF5Message {
         $0.put($1.algorithm)
         $0.put($1.range)
       }
+      encoder.put(inventory.leftOut) {
+        $0.put($1.path)
+        $0.put($1.content)
+      }
     case .failure(let error):
       encoder.put(1)
       encoder.put(error.tensor) { $0.put($1) }
@@ -50,6 +54,9 @@ enum HDF5Message {
         }
         inventory.checksums = try decoder.optional { decoder throws(Malformed) in
           HDF5.ChecksumRows(algorithm: try decoder.string(), range: try decoder.range())
+        }
+        inventory.leftOut = try decoder.list { decoder throws(Malformed) in
+          .init(path: try decoder.string(), content: try decoder.string())
         }
         answer = .success(inventory)
       case 1:
@@ -123,6 +130,7 @@ enum HDF5Message {
           $0.put(Int($1.skippedFilters))
         }
       }
+      put(dataset.fill)
     }
 
     mutating func put(_ filter: HDF5.Filter) {
@@ -207,7 +215,7 @@ enum HDF5Message {
         name: try optional { decoder throws(Malformed) in try decoder.string() },
         dtype: try optional { decoder throws(Malformed) in try decoder.string() },
         shape: try optional { decoder throws(Malformed) in try decoder.integers() },
-        storage: try storage())
+        storage: try storage(), fill: try content())
     }
 
     private mutating func storage() throws(Malformed) -> HDF5.Inventory.Storage {

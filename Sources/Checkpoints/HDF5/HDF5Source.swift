@@ -6,7 +6,7 @@ final class HDF5Source: TensorSource {
   private let contents: HDF5.Contents
   private let file: File
   private let stamp: FileStamp
-  private let recent = Mutex(RecentChunks())
+  private let recent: Mutex<DecodedChunks>
   private let idle = Mutex<[ChunkDecoder]>([])
 
   init(_ path: String, _ contents: HDF5.Contents) throws(CheckpointError) {
@@ -14,9 +14,11 @@ final class HDF5Source: TensorSource {
     self.contents = contents
     self.file = try File(reading: path)
     self.stamp = try FileStamp(file)
+    recent = Mutex(DecodedChunks(of: path))
   }
 
   var manifest: Manifest { contents.manifest }
+  var warnings: [String] { contents.warnings }
 
   func checkUnchanged() throws(CheckpointError) { try file.checkUnchanged(since: stamp) }
 
@@ -34,69 +36,56 @@ final class HDF5Source: TensorSource {
     case .range(let start): try file.read(at: start + offset, into: &buffer)
     case .inline(let bytes):
       buffer.withUnsafeMutableBytes { $0.copyBytes(from: bytes[offset..<offset + count]) }
-    case .chunks(let grid, let filters, let chunks):
+    case .fill(let element): fill(&buffer, with: element, from: offset)
+    case .chunks(let grid, let filters, let chunks, let element):
       let decoder = idle.withLock { $0.popLast() } ?? ChunkDecoder()
       defer { idle.withLock { $0.append(decoder) } }
+      if chunks.count < grid.count { fill(&buffer, with: element, from: offset) }
       for (number, runs) in grid.runs(in: offset..<offset + count) {
-        let key = RecentChunks.Key(tensor: position, chunk: number)
-        if let content = recent.withLock({ $0[key] }) {
-          content.withUnsafeBytes { copy(runs, from: $0, into: &buffer) }
-          continue
-        }
-        let content: UnsafeRawBufferPointer
+        guard let chunk = chunks.first(numbered: number) else { continue }
         do {
-          content = try decoder.content(
-            of: chunks[number], in: file, filters, byteCount: grid.chunkByteCount)
+          let key = DecodedChunks.Key(tensor: position, chunk: number)
+          let isKept = try recent.withLock { (recent) throws(CheckpointError) in
+            try recent.copy(runs, of: key, into: &buffer)
+          }
+          if isKept { continue }
+          let content = try decoder.content(
+            of: chunk, in: file, filters, byteCount: grid.chunkByteCount)
+          runs.copy(from: content, into: &buffer)
+          // A neighbouring range will want the rest.
+          let missing = grid.usedByteCount(of: number) - runs.reduce(0) { $0 + $1.count }
+          guard missing > 0 else { continue }
+          try recent.withLock { (recent) throws(CheckpointError) in
+            try recent.keep(content, as: key, missing: missing)
+          }
         } catch {
           throw CheckpointError(
             file: path, tensor: tensor.name, error.problem, remedy: error.remedy)
         }
-        copy(runs, from: content, into: &buffer)
-        // A neighbouring range will want the rest.
-        if runs.reduce(0, { $0 + $1.count }) < grid.usedByteCount(of: number) {
-          recent.withLock { $0.keep(content, as: key) }
-        }
       }
     }
   }
 
-  private func copy(
-    _ runs: [ChunkGrid.Run], from content: UnsafeRawBufferPointer,
-    into buffer: inout MutableRawSpan
-  ) {
-    // Pointers, because there may be thousands of short runs; the grid's runs lie within the
-    // chunk and the range.
-    buffer.withUnsafeMutableBytes { buffer in
-      for run in runs {
-        (buffer.baseAddress! + run.startInRange).copyMemory(
-          from: content.baseAddress! + run.startInChunk, byteCount: run.count)
+  /// Fills the buffer, which begins at byte `offset` of the tensor, with an element's bytes.
+  private func fill(_ buffer: inout MutableRawSpan, with element: [UInt8], from offset: Int) {
+    buffer.withUnsafeMutableBytes { bytes in
+      guard element.contains(where: { $0 != 0 }) else {
+        _ = bytes.initializeMemory(as: UInt8.self, repeating: 0)
+        return
       }
+      for i in bytes.indices { bytes[i] = element[(offset + i) % element.count] }
     }
   }
 }
 
-/// The chunks decoded last: neighbouring pieces of a tensor often share one.
-private struct RecentChunks {
-  struct Key: Hashable {
-    let tensor: Int
-    let chunk: Int
-  }
-
-  /// How many bytes are kept.
-  private static let capacity = 16 << 20
-  private var contents: [Key: [UInt8]] = [:]
-  private var order: [Key] = []
-  private var byteCount = 0
-
-  subscript(key: Key) -> [UInt8]? { contents[key] }
-
-  mutating func keep(_ content: UnsafeRawBufferPointer, as key: Key) {
-    guard content.count <= RecentChunks.capacity, contents[key] == nil else { return }
-    while byteCount + content.count > RecentChunks.capacity {
-      byteCount -= contents.removeValue(forKey: order.removeFirst())!.count
+extension [HDF5.Chunk] {
+  /// The chunk of this number, by bisection: they are in order.
+  fileprivate func first(numbered number: Int) -> HDF5.Chunk? {
+    var (low, high) = (0, count)
+    while low < high {
+      let middle = (low + high) / 2
+      if self[middle].number < number { low = middle + 1 } else { high = middle }
     }
-    contents[key] = Array(content)
-    order.append(key)
-    byteCount += content.count
+    return low < count && self[low].number == number ? self[low] : nil
   }
 }

@@ -6,6 +6,9 @@ struct SideFiles {
   let folder: String
   /// Their paths in the folder.
   private(set) var paths: [String] = []
+  /// The paths of files of weights, which are not copied: the model's own, and others in other
+  /// formats or of other parts.
+  private var weights: [String] = []
   private var seenCount = 0
 
   /// Far more than any model has.
@@ -29,8 +32,12 @@ struct SideFiles {
 
   /// Finds the files of a subfolder, whose path is empty or ends in a slash.
   private mutating func find(in subfolder: String, depth: Int) throws(CheckpointError) {
-    for name in try listFolder("\(folder)/\(subfolder)") where Self.isSideFile(name) {
+    for name in try listFolder("\(folder)/\(subfolder)") where !name.hasPrefix(".") {
       let path = "\(subfolder)\(name)"
+      guard Self.isSideFile(name) else {
+        if Self.isWeights(name) { weights.append(path) }
+        continue
+      }
       seenCount += 1
       guard seenCount <= Self.mostFiles, depth <= Self.deepest else {
         throw CheckpointError(
@@ -48,8 +55,19 @@ struct SideFiles {
     }
   }
 
-  /// What comes from elsewhere, through symbolic links, a sentence each.
-  var warnings: [String] { linksLeaving(folder, paths) }
+  /// What comes from elsewhere, through symbolic links, and which weights do not come along, a
+  /// sentence each.
+  func warnings() throws(CheckpointError) -> [String] {
+    guard !weights.isEmpty else { return linksLeaving(folder, paths) }
+    let own = Set(try Checkpoint.files(of: folder).map { split($0).name })
+    let others = weights.filter { !own.contains($0) }.map { (split("\(folder)/\($0)").folder, $0) }
+    let byFolder = Dictionary(grouping: others) { $0.0 }.sorted { $0.key < $1.key }
+    return linksLeaving(folder, paths)
+      + byFolder.map {
+        let more = $1.count > 1 ? " and \($1.count - 1) others" : ""
+        return "\(folder)/\($1[0].1)\(more): not copied: weights beside the model's own"
+      }
+  }
 
   func copy(to target: String) throws(CheckpointError) {
     var subfolders: Set<String> = []
@@ -67,12 +85,15 @@ struct SideFiles {
 
   /// Whether a file is no weights, by its name.
   private static func isSideFile(_ name: String) -> Bool {
-    let weights = [
+    !isWeights(name) && !name.hasPrefix(".") && !name.hasSuffix(".index.json")
+  }
+
+  private static func isWeights(_ name: String) -> Bool {
+    let endings = [
       "safetensors", "bin", "pt", "pth", "ckpt", "h5", "hdf5", "msgpack", "gguf", "onnx",
       "onnx_data", "npz", "zst", "ot", "tflite",
     ]
-    let isWeights = weights.contains { name.lowercased().hasSuffix("." + $0) }
-    return !isWeights && !name.hasPrefix(".") && !name.hasSuffix(".index.json")
+    return endings.contains { name.lowercased().hasSuffix("." + $0) }
   }
 
   /// Whether a file is one that transformers writes beside a model's weights.
@@ -89,6 +110,6 @@ struct SideFiles {
 extension ModelFolder {
   /// What is odd about the files that a new folder would get from this model, a sentence each.
   public static func sideFileWarnings(of original: String) throws(CheckpointError) -> [String] {
-    try SideFiles(of: original).warnings
+    try SideFiles(of: original).warnings()
   }
 }

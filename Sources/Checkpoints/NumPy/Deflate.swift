@@ -123,14 +123,14 @@ extension ZipArchive {
   }
 
   /// Unpacks an entry into a temporary file without a name and checks its size and checksum.
+  ///
+  /// It lies in $TMPDIR or else in /var/tmp, which is for what is large: /tmp may be memory.
   func unpack(_ entry: Entry) throws(CheckpointError) -> MappedFile {
     // Deflate cannot make more than 1032 bytes of one.
     guard entry.size / 1032 <= entry.storedSize else {
       throw damaged(entry, "says that it is larger than it can be")
     }
-    let folder = getenv("TMPDIR").map { String(cString: $0) } ?? "/tmp"
-    let target = try File(temporaryBeside: "\(folder)/smelt")
-    try target.preallocate(entry.size)
+    let target = try room(for: entry)
     var size = 0
     var checksum: UInt = 0
     try inflate(entry) { (piece) throws(CheckpointError) in
@@ -147,6 +147,20 @@ extension ZipArchive {
       throw damaged(entry, "is not what its checksum was made of")
     }
     return try MappedFile(target, path: path)
+  }
+
+  /// An empty temporary file of an entry's size.
+  private func room(for entry: Entry) throws(CheckpointError) -> File {
+    do {
+      let file = try File(temporaryBeside: temporaryFolder + "/smelt")
+      try file.preallocate(entry.size)
+      return file
+    } catch {
+      throw CheckpointError(
+        file: path,
+        "its zip entry \(quoted(entry.name)) cannot be unpacked in \(temporaryFolder): \(error.problem)",
+        remedy: "set TMPDIR to a folder with room for \(entry.size) bytes")
+    }
   }
 
   func damaged(_ entry: Entry, _ problem: String) -> CheckpointError {

@@ -5,7 +5,11 @@ import Synchronization
 /// numpy has no name for the small floats: as numpy itself does with arrays of ml_dtypes, they
 /// are written as elements of one or two opaque bytes, and `f["name"].view(ml_dtypes.bfloat16)`
 /// gives the numbers. Types below a byte become bytes. The true type and shape stand in an
-/// extra field of the zip entry, which numpy passes over. Metadata is not kept.
+/// extra field of the zip entry, which numpy passes over.
+///
+/// So does the safetensors header, with metadata and order, cut into a field for each entry of
+/// the zip directory. (A member of its own would be one more array to whoever goes through all
+/// of `numpy.load(…)`.)
 public enum NumPy: CheckpointFormat {
   public static let name = "numpy"
   public static let fileExtensions = ["npz"]
@@ -78,7 +82,8 @@ public enum NumPy: CheckpointFormat {
 }
 
 /// The arrays of an archive, each a range of bytes of it or, if it is compressed, of a
-/// temporary file that takes them when they are first needed.
+/// temporary file that takes them when they are first needed. So their checksum is known to be
+/// right before any of them is handed out.
 private final class NumPySource: TensorSource {
   private struct Place {
     let entry: ZipArchive.Entry
@@ -93,8 +98,10 @@ private final class NumPySource: TensorSource {
   let warnings: [String]
   private let archive: ZipArchive
   private let places: [Place]
-  /// The unpacked entries by position.
-  private let unpacked = Mutex<[Int: MappedFile]>([:])
+  /// The entries that were unpacked last, and their positions.
+  private let unpacked = Mutex<[(position: Int, file: MappedFile)]>([])
+  /// Readers go from tensor to tensor; each worker may still be at one of its own.
+  private static let mostUnpacked = 16
 
   init(_ archive: ZipArchive) throws(CheckpointError) {
     var tensors: [TensorInfo] = []
@@ -114,12 +121,32 @@ private final class NumPySource: TensorSource {
         file: archive.path, "is a zip archive, but neither PyTorch's nor numpy's")
     }
     path = archive.path
-    manifest = try Manifest(proving: tensors) {
+    let found = try Manifest(proving: tensors) {
       CheckpointError(file: archive.path, tensor: $0.name, "is there twice")
     }
+    let original = Self.original(of: found, archive)
+    manifest = original ?? found
+    if let original { places = original.tensors.map { places[found.position(of: $0.name)!] } }
     warnings = others.map { "\(archive.path): zip entry \(quoted($0)) left out: no array" }
     self.archive = archive
     self.places = places
+  }
+
+  /// What the kept safetensors header says, if it still says what the archive holds.
+  private static func original(of found: Manifest, _ archive: ZipArchive) -> Manifest? {
+    let header = archive.safetensorsHeader
+    var size = 8 + header.count
+    for tensor in found.tensors {
+      let sum = size.addingReportingOverflow(tensor.byteCount)
+      guard !sum.overflow else { return nil }
+      size = sum.partialValue
+    }
+    // A header that is wrong in itself is one that was damaged: the arrays are what counts.
+    let layout = try? Safetensors.Layout(parsing: header, fileSize: size, path: archive.path)
+    guard let manifest = layout?.manifest, manifest.tensors.count == found.tensors.count,
+      found.tensors.allSatisfy({ manifest[$0.name] == $0 })
+    else { return nil }
+    return manifest
   }
 
   /// Proves that an array's elements are exactly what its header says.
@@ -196,10 +223,13 @@ private final class NumPySource: TensorSource {
   private func unpack(_ position: Int) throws(CheckpointError) -> MappedFile {
     // The lock is held while an entry is unpacked: whoever wants it must wait anyway.
     try unpacked.withLock { (files) throws(CheckpointError) in
-      if let file = files[position] { return file }
-      let file = try archive.unpack(places[position].entry)
-      files[position] = file
-      return file
+      if let known = files.firstIndex(where: { $0.position == position }) {
+        files.append(files.remove(at: known))
+      } else {
+        if files.count == Self.mostUnpacked { files.removeFirst() }
+        files.append((position, try archive.unpack(places[position].entry)))
+      }
+      return files.last!.file
     }
   }
 }

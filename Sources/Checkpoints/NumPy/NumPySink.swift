@@ -54,15 +54,16 @@ final class NumPySink: TensorSink {
     precondition(remaining.load(ordering: .relaxed) == 0, "a tensor was not wholly written")
     var directory: [UInt8] = []
     let pieces = pieces.withLock { $0 }
+    let header = HeaderPieces(manifest, path: pending.destination)
     for (position, member) in members.enumerated() {
       // The pieces' checksums, which came in any order, joined in the right one.
       var checksum = crc32(of: member.arrayHeader.span.bytes)
       for (_, piece) in pieces[position].sorted(by: { $0.key < $1.key }) {
         checksum = crc32_combine(checksum, piece.checksum, piece.count)
       }
-      let header = member.localHeader(checksum: checksum) + member.arrayHeader
-      try file.write(header.span.bytes, at: offsets[position] - header.count)
-      directory += member.directoryEntry(checksum: checksum)
+      let beginning = member.localHeader(checksum: checksum) + member.arrayHeader
+      try file.write(beginning.span.bytes, at: offsets[position] - beginning.count)
+      directory += member.directoryEntry(checksum: checksum, headerPiece: header[position])
     }
     directory += ZipMember.end(count: members.count, directory.count, at: directoryOffset)
     try file.write(directory.span.bytes, at: directoryOffset)
@@ -93,6 +94,7 @@ final class CompressedNumPySink: TensorSink {
     offsets = manifest.tensors.reduce(into: [0]) { $0.append($0.last! + $1.byteCount) }
     temporary = try File(temporaryBeside: path)
     remaining = Atomic(manifest.byteCount)
+    try temporary.preallocate(manifest.byteCount)
   }
 
   func write(_ bytes: RawSpan, of tensor: TensorInfo, at offset: Int) throws(CheckpointError) {
@@ -104,7 +106,15 @@ final class CompressedNumPySink: TensorSink {
   func complete() throws(CheckpointError) {
     guard !isComplete.load(ordering: .relaxed) else { return }
     precondition(remaining.load(ordering: .relaxed) == 0, "a tensor was not wholly written")
+    do { try compress() } catch { throw error.moved(to: pending.destination) }
+    try pending.complete()
+    try pending.prove(manifest) { (path) throws(CheckpointError) in try NumPy.open(path) }
+    isComplete.store(true, ordering: .relaxed)
+  }
+
+  private func compress() throws(CheckpointError) {
     let file = try pending.open()
+    let header = HeaderPieces(manifest, path: pending.destination)
     var directory: [UInt8] = []
     var offset = 0
     for (position, tensor) in manifest.tensors.enumerated() {
@@ -130,19 +140,41 @@ final class CompressedNumPySink: TensorSink {
       }
       member.storedSize = end - start
       try file.write(member.localHeader(checksum: checksum).span.bytes, at: offset)
-      directory += member.directoryEntry(checksum: checksum)
+      directory += member.directoryEntry(checksum: checksum, headerPiece: header[position])
       offset = end
     }
     directory += ZipMember.end(count: manifest.tensors.count, directory.count, at: offset)
     try file.write(directory.span.bytes, at: offset)
-    try pending.complete()
-    try pending.prove(manifest) { (path) throws(CheckpointError) in try NumPy.open(path) }
-    isComplete.store(true, ordering: .relaxed)
   }
 
   func finish() throws(CheckpointError) {
     try complete()
     try pending.commit()
+  }
+}
+
+/// The safetensors header of some tensors, cut into a piece for each.
+private struct HeaderPieces {
+  private let header: [UInt8]
+  private let size: Int
+
+  /// An extra field has 64 KB, which a tensor's type and shape may share.
+  private static let largest = 30_000
+
+  /// The manifest's own header, or one that says its metadata; nothing if there is neither, or
+  /// if it does not fit: a few tensors with metadata of many times their names.
+  init(_ manifest: Manifest, path: String) {
+    let layout =
+      manifest.metadata.isEmpty ? nil : try? Safetensors.Layout(writing: manifest, path: path)
+    let header = manifest.safetensorsHeader ?? layout?.manifest.safetensorsHeader ?? []
+    let count = max(1, manifest.tensors.count)
+    size = (header.count + count - 1) / count
+    self.header = size <= Self.largest ? header : []
+  }
+
+  /// The piece of the tensor at this position of the manifest.
+  subscript(position: Int) -> ArraySlice<UInt8> {
+    header[min(header.count, position * size)..<min(header.count, (position + 1) * size)]
   }
 }
 
@@ -175,7 +207,7 @@ private struct ZipMember {
     note =
       NumPy.dtype(NumPy.descr(tensor.dtype)) == tensor.dtype
       ? [] : Array("\(tensor.dtype.rawValue) \(shape)".utf8)
-    guard note.count <= 60_000 else {
+    guard note.count <= 30_000 else {
       throw CheckpointError(
         file: path, tensor: tensor.name, "has too many dimensions for a zip file")
     }
@@ -192,10 +224,12 @@ private struct ZipMember {
       + number(name.count, 2) + number(extra.count, 2)
   }
 
-  private func extra(_ fields: [Int]) -> [UInt8] {
-    let sizes = number(1, 2) + number(8 * fields.count, 2) + fields.flatMap { number($0, 8) }
-    return note.isEmpty
-      ? sizes : sizes + number(ZipArchive.noteKind, 2) + number(note.count, 2) + note
+  private func extra(_ fields: [Int], headerPiece: ArraySlice<UInt8> = []) -> [UInt8] {
+    func field(_ kind: Int, _ content: some Collection<UInt8>) -> [UInt8] {
+      content.isEmpty ? [] : number(kind, 2) + number(content.count, 2) + content
+    }
+    return field(1, fields.flatMap { number($0, 8) }) + field(ZipArchive.noteKind, note)
+      + field(ZipArchive.headerKind, headerPiece)
   }
 
   /// As long before the checksum and the stored size are known as after.
@@ -204,8 +238,8 @@ private struct ZipMember {
     return number(0x0403_4B50, 4) + beginning(checksum, extra: extra) + name + extra
   }
 
-  func directoryEntry(checksum: UInt) -> [UInt8] {
-    let extra = extra([size, storedSize, offset])
+  func directoryEntry(checksum: UInt, headerPiece: ArraySlice<UInt8>) -> [UInt8] {
+    let extra = extra([size, storedSize, offset], headerPiece: headerPiece)
     return number(0x0201_4B50, 4) + number(45, 2) + beginning(checksum, extra: extra)
       + number(0, 10) + number(0xFFFF_FFFF, 4) + name + extra
   }

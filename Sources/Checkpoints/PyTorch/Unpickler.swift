@@ -161,6 +161,7 @@ struct Unpickler {
       case UInt8(ascii: "J"):  // BININT
         stack.append(.integer(Int(Int32(truncatingIfNeeded: try bytes.unsigned(4)))))
       case 0x8A: try pushLong(Int(try bytes.unsigned(1)))  // LONG1
+      case 0x8B: try pushLong(try length(4))  // LONG4
       case UInt8(ascii: "G"):  // BINFLOAT
         try bytes.skip(8)
         stack.append(.other)
@@ -178,6 +179,13 @@ struct Unpickler {
       case UInt8(ascii: "]"): try push(.list([]))  // EMPTY_LIST
       case UInt8(ascii: "}"): try push(.dictionary([]))  // EMPTY_DICT
       case UInt8(ascii: ")"): try push(.tuple([]))  // EMPTY_TUPLE
+      case 0x8F: stack.append(.other)  // EMPTY_SET
+      case 0x90:  // ADDITEMS
+        _ = try popToMark()
+        guard case .other = try top() else { throw malformed("what is added to is no set") }
+      case 0x91:  // FROZENSET
+        _ = try popToMark()
+        stack.append(.other)
       case UInt8(ascii: "l"): try push(.list(try popToMark()))  // LIST
       case UInt8(ascii: "t"): try push(.tuple(try popToMark()))  // TUPLE
       case 0x85: try push(.tuple(try pop(1)))  // TUPLE1
@@ -211,9 +219,12 @@ struct Unpickler {
           throw malformed("something that is no function is called")
         }
         try reduce(name, arguments)
-      case UInt8(ascii: "b"):  // BUILD: the attributes of an OrderedDict, which say nothing here
+      case UInt8(ascii: "b"):  // BUILD: an object's attributes, which say nothing here
         _ = try pop()
-        guard case .container = try top() else { throw malformed("an object has a state") }
+        switch try top() {
+        case .container, .other: break
+        default: throw malformed("an object has a state")
+        }
 
       default:
         throw malformed("opcode 0x\(String(opcode, radix: 16)) describes no tensor")
@@ -273,9 +284,53 @@ struct Unpickler {
     "collections.OrderedDict", "torch.Size", "torch.storage.UntypedStorage",
   ]
 
+  /// What training leaves in its checkpoints beside tensors: passed over, whatever is asked of it.
+  private static let bystanders: Set<String> = [
+    "torch.device", "_codecs.encode", "numpy.dtype", "numpy.ndarray",
+    "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar",
+    "numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct",
+    "__builtin__.set", "builtins.set", "__builtin__.frozenset", "builtins.frozenset",
+    "__builtin__.complex", "builtins.complex", "__builtin__.bytearray", "builtins.bytearray",
+  ]
+
+  /// Dictionaries by other names, and the kinds of values that they make up.
+  private static let dictionaries: Set<String> = ["collections.defaultdict", "collections.Counter"]
+  private static let valueKinds: Set<String> = Set(
+    ["dict", "list", "int", "float"].flatMap { ["__builtin__.\($0)", "builtins.\($0)"] })
+
+  /// Types as values: of PyTorch's, those that it can save tensors of.
+  private static let typeNames: Set<String> = [
+    "torch.float64", "torch.float32", "torch.float16", "torch.bfloat16", "torch.complex64",
+    "torch.complex128", "torch.int64", "torch.int32", "torch.int16", "torch.int8", "torch.uint8",
+    "torch.bool",
+  ]
+
+  /// What makes tensors of other kinds than safetensors has, and what they are.
+  private static let refused: [String: (what: String, remedy: String)] = [
+    "torch.ComplexDoubleStorage": ("of complex128, a type that is not known", "make it complex64"),
+    "torch._utils._rebuild_qtensor": ("that is quantised", "dequantise it"),
+    "torch._utils._rebuild_sparse_tensor": ("that is sparse", "make it dense"),
+    "torch._utils._rebuild_sparse_csr_tensor": ("that is sparse", "make it dense"),
+    "torch._utils._rebuild_nested_tensor": ("that is nested", "save its parts"),
+    "torch._utils._rebuild_meta_tensor_no_storage": (
+      "on the meta device, which has no values", "leave it out"
+    ),
+    "torch._utils._rebuild_wrapper_subclass": (
+      "of a class of its own", "make it an ordinary tensor"
+    ),
+    "torch._tensor._rebuild_from_type_v2": ("of a class of its own", "make it an ordinary tensor"),
+  ]
+
   private mutating func pushGlobal(_ name: String) throws(CheckpointError) {
+    if let (what, remedy) = Self.refused[name] {
+      throw bytes.failure(
+        "has a tensor \(what)", remedy: "\(remedy) in PyTorch and save the file again")
+    }
+    let known = [
+      Self.functions, Self.bystanders, Self.dictionaries, Self.valueKinds, Self.typeNames,
+    ]
     guard
-      Self.functions.contains(name) || Self.storageTypes[name] != nil
+      known.contains(where: { $0.contains(name) }) || Self.storageTypes[name] != nil
         || Self.otherTypes[name] != nil
     else {
       throw bytes.failure(
@@ -332,6 +387,11 @@ struct Unpickler {
 
   private mutating func reduce(_ name: String, _ arguments: [Value]) throws(CheckpointError) {
     switch name {
+    case _ where Self.bystanders.contains(name): stack.append(.other)
+    case "collections.defaultdict": try push(.dictionary([]))
+    case "collections.Counter":
+      guard case .container? = arguments.first else { throw malformed("a Counter counts nothing") }
+      stack.append(arguments[0])
     case "collections.OrderedDict":
       try push(.dictionary([]))
       let pairs = arguments.first.flatMap { elements($0) } ?? []
@@ -362,12 +422,17 @@ struct Unpickler {
     }
     // Only a lazily conjugated or negated tensor has more to say of itself.
     guard arguments.count <= (isTyped ? 7 : 6) else {
-      throw malformed("a tensor is conjugated or negated only when it is read")
+      throw bytes.failure(
+        "has a tensor that is conjugated or negated only when it is read",
+        remedy: "save tensor.resolve_conj().resolve_neg() in PyTorch")
     }
     var dtype = storages[storage].dtype
     if isTyped {
       guard case .global(let type) = arguments[6] else { throw malformed("a tensor has no type") }
       dtype = Self.otherTypes[type]
+      guard dtype != nil else {
+        throw bytes.failure("has a tensor of \(quoted(type)), a type that is not known")
+      }
     }
     guard let dtype else { throw malformed("a tensor has no type") }
     let tensor = Tensor(

@@ -28,11 +28,43 @@ extension Safetensors.Layout {
     let end: Int
   }
 
+  /// The tensors of a header by where their bytes are, before anything of that has been proven.
+  ///
+  /// Two lists and not one of entries: the tensors become the manifest's without a copy, which
+  /// for a million of them is worth it.
+  private struct Entries {
+    var tensors: [TensorInfo] = []
+    var ranges: [(begin: Int, end: Int)] = []
+    private var shapes: [[Int]: [Int]] = [:]
+
+    mutating func append(_ entry: Entry) {
+      tensors.append(entry.tensor)
+      ranges.append((entry.begin, entry.end))
+    }
+
+    /// The same shape in the memory of an earlier tensor's, if there was one.
+    mutating func shared(_ shape: [Int]) -> [Int] {
+      if let known = shapes[shape] { return known }
+      if shapes.count < 1000 { shapes[shape] = shape }
+      return shape
+    }
+
+    /// Puts the entries into the order of their bytes.
+    mutating func sort() {
+      // Empty tensors sort before the tensor that begins where they lie.
+      let isSorted = zip(ranges, ranges.dropFirst()).allSatisfy { $0 <= $1 }
+      guard !isSorted else { return }
+      let order = ranges.indices.sorted { ranges[$0] < ranges[$1] }
+      tensors = order.map { tensors[$0] }
+      ranges = order.map { ranges[$0] }
+    }
+  }
+
   /// - Throws: what is wrong with the header, by name.
   init(parsing header: [UInt8], fileSize: Int, path: String) throws(CheckpointError) {
     let (entries, metadata, checksums) = try Self.parse(header, path: path)
     let dataStart = 8 + header.count
-    manifest = try Manifest(proving: entries.map { $0.tensor }, metadata, header) {
+    manifest = try Manifest(proving: entries.tensors, metadata, header) {
       CheckpointError(file: path, tensor: $0.name, "the header names it twice")
     }
     let end = try Self.prove(entries, dataSize: fileSize - dataStart, path: path)
@@ -41,15 +73,15 @@ extension Safetensors.Layout {
         file: path, "has \(fileSize - dataStart - end) bytes after the last tensor",
         remedy: "they belong to nothing: the header or the file is damaged")
     }
-    offsets = entries.map { dataStart + $0.begin }
+    offsets = entries.ranges.map { dataStart + $0.begin }
     self.checksums = checksums
   }
 
   /// The entries in the order of their bytes, and the metadata.
   private static func parse(_ header: [UInt8], path: String) throws(CheckpointError)
-    -> ([Entry], [String: String], ChecksumText?)
+    -> (Entries, [String: String], ChecksumText?)
   {
-    var entries: [Entry] = []
+    var entries = Entries()
     var metadata: [String: String]?
     var checksums: ChecksumText?
     var scanner = JSONScanner(header, file: path)
@@ -59,13 +91,13 @@ extension Safetensors.Layout {
         (metadata, checksums) = try parseMetadata(&scanner)
         return
       }
-      entries.append(try parseEntry(&scanner, name))
+      let entry = try parseEntry(&scanner, name, &entries)
+      entries.append(entry)
     }
     try scanner.expectEnd()
-    // Empty tensors sort before the tensor that begins where they lie.
-    entries.sort { ($0.begin, $0.end) < ($1.begin, $1.end) }
+    entries.sort()
     // Ours only if there is one for each tensor; else it is somebody's text.
-    if let text = checksums, text.values.count != entries.count {
+    if let text = checksums, text.values.count != entries.tensors.count {
       metadata?[ChecksumText.key] = String(decoding: text.bytes, as: UTF8.self)
       checksums = nil
     }
@@ -107,9 +139,9 @@ extension Safetensors.Layout {
     return (metadata, checksums)
   }
 
-  private static func parseEntry(_ scanner: inout JSONScanner, _ name: String)
-    throws(CheckpointError) -> Entry
-  {
+  private static func parseEntry(
+    _ scanner: inout JSONScanner, _ name: String, _ entries: inout Entries
+  ) throws(CheckpointError) -> Entry {
     var dtype: DType?
     var shape: [Int]?
     var dataOffsets: [Int]?
@@ -146,7 +178,7 @@ extension Safetensors.Layout {
       throw scanner.failure("has \(dataOffsets.count) data_offsets instead of 2", tensor: name)
     }
     do {
-      let tensor = try TensorInfo(name: name, dtype: dtype, shape: shape)
+      let tensor = try TensorInfo(name: name, dtype: dtype, shape: entries.shared(shape))
       return Entry(tensor: tensor, begin: dataOffsets[0], end: dataOffsets[1])
     } catch .partialByte {
       throw scanner.failure(
@@ -171,36 +203,37 @@ extension Safetensors.Layout {
 
   /// Checks that the entries cover the data from its start without hole or overlap.
   /// - Returns: where the last one ends.
-  private static func prove(_ entries: [Entry], dataSize: Int, path: String)
+  private static func prove(_ entries: Entries, dataSize: Int, path: String)
     throws(CheckpointError) -> Int
   {
     var expected = 0
-    for (index, entry) in entries.enumerated() {
+    for (index, range) in entries.ranges.enumerated() {
+      let tensor = entries.tensors[index]
       func malformed(_ problem: String, remedy: String? = nil) -> CheckpointError {
-        CheckpointError(file: path, tensor: entry.tensor.name, problem, remedy: remedy)
+        CheckpointError(file: path, tensor: tensor.name, problem, remedy: remedy)
       }
-      guard entry.begin <= entry.end else {
-        throw malformed("begins at byte \(entry.begin), after its end at \(entry.end)")
+      guard range.begin <= range.end else {
+        throw malformed("begins at byte \(range.begin), after its end at \(range.end)")
       }
-      guard entry.end - entry.begin == entry.tensor.byteCount else {
+      guard range.end - range.begin == tensor.byteCount else {
         throw malformed(
-          "takes \(entry.end - entry.begin) bytes but its shape \(entry.tensor.shapeDescription) of \(entry.tensor.dtype.rawValue) needs \(entry.tensor.byteCount)"
+          "takes \(range.end - range.begin) bytes but its shape \(tensor.shapeDescription) of \(tensor.dtype.rawValue) needs \(tensor.byteCount)"
         )
       }
-      guard entry.begin >= expected else {
-        throw malformed("overlaps \(quoted(entries[index - 1].tensor.name))")
+      guard range.begin >= expected else {
+        throw malformed("overlaps \(quoted(entries.tensors[index - 1].name))")
       }
-      guard entry.begin == expected else {
+      guard range.begin == expected else {
         throw malformed(
-          "begins at byte \(entry.begin), leaving a hole of \(entry.begin - expected) bytes before it"
+          "begins at byte \(range.begin), leaving a hole of \(range.begin - expected) bytes before it"
         )
       }
-      guard entry.end <= dataSize else {
+      guard range.end <= dataSize else {
         throw malformed(
-          "ends at byte \(entry.end) of the data, which has only \(dataSize)",
+          "ends at byte \(range.end) of the data, which has only \(dataSize)",
           remedy: "the file is truncated: download it again")
       }
-      expected = entry.end
+      expected = range.end
     }
     return expected
   }

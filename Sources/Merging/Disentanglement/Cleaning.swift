@@ -55,7 +55,8 @@ extension Cleaning {
     for (name, value) in parameters { try set(name, value) }
   }
 
-  private mutating func set(_ name: String, _ value: String) throws(MergeError) {
+  /// Changes one parameter.
+  mutating func set(_ name: String, _ value: String) throws(MergeError) {
     func number() throws(MergeError) -> Double {
       guard let number = Double(value), number.isFinite, number >= 0 else {
         throw MergeError("\(name) is a number of at least 0, not \(quoted(value))")
@@ -74,7 +75,7 @@ extension Cleaning {
     switch name {
     case "scope": method.scope = try choice(AdaptiveWeightDisentanglement.Scope.self)
     case "objective": method.objective = try choice(AdaptiveWeightDisentanglement.Objective.self)
-    case "penalty": method.penalty = value == "none" ? .none : .norm(try number())
+    case "penalty", "alpha": method.penalty = value == "none" ? .none : .norm(try number())
     case "epsilon": method.epsilon = try number()
     case "iterations":
       guard let count = Int(value), (0...1_000_000).contains(count) else {
@@ -160,19 +161,22 @@ extension Cleaning {
     fnmatch(pattern, name, 0) == 0
   }
 
+  /// The group of several tensors that a cleaned one belongs to, in block and model scope.
+  func sharedGroup(of tensor: String) -> String? {
+    switch method.scope {
+    case .row, .tensor: nil
+    case .block: layerName(of: tensor)
+    case .model: "model"
+    }
+  }
+
   /// The floating-point tensors, each in one group, in the order in which groups begin.
   func groups(of manifest: Manifest) -> [Group] {
     var groups: [Group] = []
     var positions: [String: Int] = [:]
     for tensor in manifest.tensors where tensor.dtype.isArithmetic {
       let isCleaned = cleans(tensor)
-      let shared: String? =
-        switch method.scope {
-        case .row, .tensor: nil
-        case .block: layerName(of: tensor.name)
-        case .model: "model"
-        }
-      guard isCleaned, let shared else {
+      guard isCleaned, let shared = sharedGroup(of: tensor.name) else {
         groups.append(Group(name: tensor.name, tensors: [tensor], isCleaned: isCleaned))
         continue
       }

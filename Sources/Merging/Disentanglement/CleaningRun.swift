@@ -57,7 +57,8 @@ extension Cleaning {
       method, length: tensor.rowLength, count: tensor.elementCount / tensor.rowLength)
   }
 
-  private func solve(
+  /// The redundant vector of a group, from the Gram matrices of its tensors.
+  func solve(
     _ group: Group, _ grams: ArraySlice<GramMatrix>, into summary: inout DisentanglementSummary
   ) throws(MergeError) -> TensorCleaning {
     guard group.isCleaned else { return .none }

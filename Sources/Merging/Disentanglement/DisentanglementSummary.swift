@@ -97,6 +97,10 @@ extension DisentanglementSummary {
     guard whole.idleGroups < whole.groups, whole.meanCosineBefore > 1e-6,
       whole.meanCosineAfter > 0.9 * whole.meanCosineBefore
     else { return nil }
+    guard whole.meanCosineAfter <= whole.meanCosineBefore else {
+      return
+        "the descent overshot: the mean |cos| rose from \(fixed(whole.meanCosineBefore)) to \(fixed(whole.meanCosineAfter)); lower the rate, or use optimizer=converged"
+    }
     return
       "little was cleaned: the mean |cos| went from \(fixed(whole.meanCosineBefore)) to \(fixed(whole.meanCosineAfter)); raise the rate or the iterations, or use optimizer=converged"
   }

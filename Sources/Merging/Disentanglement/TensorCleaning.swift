@@ -26,7 +26,11 @@ struct TensorFindings: Sendable {
   var rows: DisentanglementReport
 
   init(experts: Int) {
-    gram = GramMatrix(order: experts)
+    self.init(gram: GramMatrix(order: experts), experts: experts)
+  }
+
+  init(gram: GramMatrix, experts: Int) {
+    self.gram = gram
     rows = DisentanglementReport(taskCount: experts)
   }
 

@@ -110,6 +110,16 @@ public final class ProgressiveActivations: TensorSource {
     }
   }
 
+  /// The last hidden states of all samples, each [tokens, width]. No layer can be read after.
+  func finalStates() throws -> [Matrix<Float>] {
+    try place.withLock { place in
+      try advance(&place, to: pass.layerCount - 1)
+      let states = try place!.inputs.advanced(
+        through: pass.mlp(pass.layerCount - 1), workers: workers)
+      return states.outputs(try pass.finalNorm())
+    }
+  }
+
   /// Elements of `[samples, tokens, width]`. Shorter samples fill their places with tokens
   /// repeated as evenly as can be.
   private func values(of inputs: MLPInputs, _ range: Range<Int>) -> [Float] {

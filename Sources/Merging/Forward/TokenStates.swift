@@ -101,6 +101,30 @@ struct TokenStates: Sendable {
   }
 }
 
+extension TokenStates {
+  /// What comes out of the model if these are the states behind its last layer: a matrix
+  /// [tokens, width] for each sample.
+  func outputs(_ norm: Norm?) -> [Matrix<Float>] {
+    batches.flatMap { batch in
+      let states = norm?(batch.states) ?? batch.states
+      return batch.rows.map { states.block($0, columns: 0..<states.columnCount) }
+    }
+  }
+}
+
+extension ForwardPass {
+  /// The last hidden states of some samples, each [tokens, width].
+  func finalStates(
+    of group: Range<Int>, _ inputs: ModelInputs, workers: Int
+  ) throws -> [Matrix<Float>] {
+    var states = try TokenStates(embedding: group, of: inputs, for: self, workers: workers)
+    for index in 0..<layerCount {
+      try states.advance(through: layer(index), mlp(index), workers: workers) { _ in }
+    }
+    return states.outputs(try finalNorm())
+  }
+}
+
 /// Samples halfway through a layer: at its MLP.
 struct MLPInputs: Sendable {
   fileprivate let layer: TransformerLayer

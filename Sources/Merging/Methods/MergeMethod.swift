@@ -111,6 +111,8 @@ public struct TensorSetting: Sendable {
   /// One value for each of `models`.
   public var perModel: [String: [ParameterValue]] = [:]
   public var randomness: Randomness = .counter(seed: 0)
+  /// Elements that stay together in a tile whatever the method needs: 1, or a row.
+  var grain = 1
 
   /// The rows of a tile that hold models (or their differences).
   var rows: Range<Int> { hasDifferences ? 1..<models + 1 : 0..<models }

@@ -4,6 +4,7 @@ struct SelectCalculateErase: TensorMerge {
   private let rows: Range<Int>
   private let elementCount: Int
   private let share: Double
+  let grain: Int
   /// The elements that are selected.
   private enum Selection: Sendable {
     case all
@@ -17,6 +18,7 @@ struct SelectCalculateErase: TensorMerge {
   init(_ setting: TensorSetting) throws {
     rows = setting.rows
     elementCount = setting.elementCount
+    grain = setting.grain
     share = setting.number("select_topk")
     guard share >= 0 else { throw MergeError("select_topk is \(share); it must be at least 0") }
     selection = share < 1 ? .uncounted : .all
@@ -94,7 +96,7 @@ struct SelectCalculateErase: TensorMerge {
     guard case .band(let band) = selection else { return }
     measure(tile, into: &scratch)
     var variances = scratch.mutableRow(1)
-    band.restrict(&variances, tile: position / Tile.width(grain: 1))
+    band.restrict(&variances, tile: position / Tile.width(grain: grain))
     for row in rows { tile.clear(row: row, where: scratch, isZero: 1) }
   }
 

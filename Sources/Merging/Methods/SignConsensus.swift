@@ -84,6 +84,7 @@ struct SignConsensus: TensorMerge {
   private let rowLength: Int
   private let rows: Range<Int>
   private let elementCount: Int
+  private let givenGrain: Int
   private let weights: [Float]
   private let electsSigns: Bool
   private let normalizes: Bool
@@ -100,6 +101,7 @@ struct SignConsensus: TensorMerge {
     rowLength = max(1, setting.rowLength)
     rows = setting.rows
     elementCount = setting.elementCount
+    givenGrain = setting.grain
     weights = setting.numbers("weight").map { Float($0) }
     electsSigns = preset.electsSigns
     normalizes = setting.flag("normalize")
@@ -164,7 +166,9 @@ struct SignConsensus: TensorMerge {
     fileprivate var norms: [SIMD2<Double>]
   }
 
-  var grain: Int { masks.contains { if case .ranked = $0 { true } else { false } } ? rowLength : 1 }
+  var grain: Int {
+    masks.contains { if case .ranked = $0 { true } else { false } } ? rowLength : givenGrain
+  }
   /// Row 1 of the output holds the weights that agreed.
   var scratchRows: Int { electsSigns && normalizes ? 1 : 0 }
   private var bandsAreKnown: Bool { masks.allSatisfy { $0.isKnown } }
@@ -237,6 +241,15 @@ struct SignConsensus: TensorMerge {
   }
 
   // MARK: Merging
+
+  var linearWeights: [Float]? {
+    guard !electsSigns, scales == weights.map({ _ in 1 }), masks.allSatisfy({ $0.isTrivial }) else {
+      return nil
+    }
+    let sum = weights.reduce(0, +)
+    let factor = normalizes && abs(sum) >= 1e-8 ? lambda / sum : lambda
+    return weights.map { $0 * factor }
+  }
 
   /// Sets to zero what a row loses, and multiplies the rest by `scale`.
   private func sparsify(

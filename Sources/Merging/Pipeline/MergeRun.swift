@@ -27,9 +27,37 @@ public struct TensorTask: Sendable {
   public var explanation: String {
     switch work {
     case .copy: "copy"
-    case .merge(let merge, let inputs, _, _):
-      "\(inputs.count) inputs, \(merge.isReady ? "1 pass" : "\(1 + merge.observingPasses) passes")"
+    case .merge(_, let inputs, _, _):
+      "\(inputs.count) inputs\(isCleaned ? ", cleaned" : ""), \(passes == 1 ? "1 pass" : "\(passes) passes")"
     }
+  }
+
+  /// Whether the method is shown cleaned task vectors.
+  var isCleaned: Bool {
+    if case .merge(let merge, _, _, _) = work { merge is any TaskVectorCleaning } else { false }
+  }
+
+  /// Whether its inner products are summed before the merge begins.
+  var isReadForItsGroup: Bool {
+    guard case .merge(let merge, _, _, _) = work else { return false }
+    return (merge as? any TaskVectorCleaning)?.isWaitingForGroup ?? false
+  }
+
+  /// How often its inputs are looked at.
+  var passes: Int {
+    guard case .merge(let merge, _, _, _) = work else { return 1 }
+    return 1 + (merge.isReady ? 0 : merge.observingPasses) + (isReadForItsGroup ? 1 : 0)
+  }
+
+  /// The same with other arithmetic.
+  func mapMerge(_ change: (any TensorMerge) -> any TensorMerge) -> TensorTask {
+    guard case .merge(let merge, let inputs, let differences, let rounding) = work else {
+      return self
+    }
+    return TensorTask(
+      output: output,
+      work: .merge(
+        change(merge), inputs: inputs, differences: differences, rounding: rounding))
   }
 }
 
@@ -64,7 +92,7 @@ public struct FinishedChunk: Sendable {
 struct MergeRun: Sendable {
   let sources: [any TensorSource]
   let sink: any TensorSink
-  let tasks: [TensorTask]
+  var tasks: [TensorTask]
   let memory: Int
   let workers: Int
   /// Chunks that need not be made again.
@@ -188,6 +216,27 @@ struct MergeRun: Sendable {
       merge.learn(total.value)
     }
     return merge
+  }
+
+  /// The Gram matrices of the task vectors that these tasks work on, in one pass over them.
+  func taskVectorGrams(of indices: [Int]) throws -> [GramMatrix] {
+    let chunks = indices.map { allChunks(of: $0) }
+    let all = chunks.flatMap { $0 }
+    let found = StepResults<GramMatrix>(count: all.count)
+    // What is read again soon must stay in the page cache.
+    var run = self
+    run.forgettable = []
+    let reading = run
+    try forEachStep(count: all.count, workers: workers) {
+      MergeWorkspace(for: tasks, share: memory / max(1, workers))
+    } body: { step, workspace in
+      let task = tasks[all[step].task]
+      let gram = TaskVectorGram(experts: task.tileRows.input - 1, grain: task.grain)
+      found[step] = try reading.observe(gram, all[step], in: &workspace)
+    }
+    return zip(indices, fold(found.all, chunks.map { $0.count }) { $0 += $1 }).map {
+      $1 ?? GramMatrix(order: tasks[$0].tileRows.input - 1)
+    }
   }
 
   // MARK: Chunks

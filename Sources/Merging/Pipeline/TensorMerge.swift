@@ -19,6 +19,8 @@ public protocol TensorMerge: Sendable {
   var isReady: Bool { get }
   /// The largest number of observing passes.
   var observingPasses: Int { get }
+  /// The rows' weights, if the result is their weighted sum and nothing else.
+  var linearWeights: [Float]? { get }
 
   func makeObservation() -> Observation
   /// Looks at a tile whose first element is the tensor's element `position`.
@@ -35,6 +37,7 @@ public protocol TensorMerge: Sendable {
 extension TensorMerge {
   public var grain: Int { 1 }
   public var scratchRows: Int { 0 }
+  public var linearWeights: [Float]? { nil }
   public var observingPasses: Int { isReady ? 0 : 1 }
 }
 

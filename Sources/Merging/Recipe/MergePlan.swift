@@ -14,6 +14,8 @@ public struct MergePlan: Sendable {
   public let notes: [String]
   /// How many layers the output has, if the recipe changes that.
   public let layerCount: Int?
+  /// What becomes of the task vectors before the method sees them.
+  public let cleaning: MergeCleaning?
 
   /// - Throws: `RecipeError`, `MergeError`, or `CheckpointError` naming file and tensor.
   public init(
@@ -30,8 +32,12 @@ public struct MergePlan: Sendable {
     self.recipe = recipe
     sources = models
     tasks = try planner.tasks()
-    manifest = Manifest(tasks.map { $0.output }, metadata: ["format": "pt"])
-    notes = planner.notes
+    cleaning = try planner.mergeCleaning(tasks)
+    var metadata = ["format": "pt"]
+    metadata["cleaning"] = cleaning.map { "\($0.cleaning)" }
+    manifest = Manifest(tasks.map { $0.output }, metadata: metadata)
+    let isIdle = cleaning.map { $0.tensorCount == 0 } ?? false
+    notes = planner.notes + (isIdle ? ["nothing is cleaned: no tensor is selected"] : [])
     layerCount = planner.layerCount
   }
 }
@@ -415,13 +421,70 @@ private struct Planner {
       let isCast =
         setting.models == 1 && planned.inputs.count == 1 && setting.shared.isEmpty
         && setting.perModel.isEmpty
-      let merge: any TensorMerge = isCast ? Passthrough(setting) : try method.make(setting)
+      let merge: any TensorMerge =
+        isCast ? Passthrough(setting) : try makeMerge(setting, planned.output)
       return TensorTask(
         output: planned.output,
         work: .merge(
           merge, inputs: planned.inputs, differences: setting.hasDifferences,
           rounding: recipe.dtype))
     }
+  }
+
+  /// The method's arithmetic, on cleaned task vectors where the recipe wants that.
+  private func makeMerge(_ setting: TensorSetting, _ output: TensorInfo) throws -> any TensorMerge {
+    guard let cleaning = recipe.cleaning, setting.hasDifferences, cleaning.cleans(output) else {
+      return try method.make(setting)
+    }
+    func cleaned(_ merge: some TensorMerge) -> any TensorMerge {
+      CleanedMerge(merge, of: output, experts: setting.models, by: cleaning)
+    }
+    var setting = setting
+    if cleaning.method.scope == .row { setting.grain = max(1, output.rowLength) }
+    return cleaned(try method.make(setting))
+  }
+
+  /// - Throws: `RecipeError` where a recipe wants something cleaned that cannot be.
+  func mergeCleaning(_ tasks: [TensorTask]) throws -> MergeCleaning? {
+    guard let cleaning = recipe.cleaning else { return nil }
+    func refusal(_ problem: String, _ remedy: String) -> RecipeError {
+      RecipeError(
+        file: recipe.file, line: recipe.cleaningLine, problem: problem, remedy: remedy)
+    }
+    let settings = planned.compactMap { $0.setting }.filter {
+      !$0.perModel.isEmpty || $0.models > 1
+    }
+    guard settings.allSatisfy({ $0.hasDifferences }) else {
+      throw refusal(
+        "without a base_model there are no task vectors to clean",
+        "name the model the others were fine-tuned from")
+    }
+    guard settings.allSatisfy({ $0.models > 1 }) else {
+      throw refusal(
+        "one expert alone has nothing redundant", "cleaning takes at least two beside the base")
+    }
+    let cleaned = tasks.indices.filter { tasks[$0].isCleaned }
+    var groups: [(name: String, tasks: [Int])] = []
+    var places: [String: Int] = [:]
+    for index in cleaned where tasks[index].isReadForItsGroup {
+      let name = cleaning.sharedGroup(of: tasks[index].output.name) ?? tasks[index].output.name
+      if let place = places[name] {
+        groups[place].tasks.append(index)
+      } else {
+        places[name] = groups.count
+        groups.append((name, [index]))
+      }
+    }
+    func models(_ index: Int) -> [Int] { planned[index].inputs.map { $0.source } }
+    for group in groups
+    where group.tasks.contains(where: { models($0) != models(group.tasks[0]) }) {
+      throw refusal(
+        "the tensors of \(quoted(group.name)) are merged of different models, so their task vectors have nothing in common",
+        "use scope=row or scope=tensor")
+    }
+    let experts = cleaned.first.map { models($0).dropFirst().map { recipe.models[$0] } } ?? []
+    return MergeCleaning(
+      cleaning: cleaning, experts: experts, groups: groups, tensorCount: cleaned.count)
   }
 
   /// Gives every tensor its part of mergekit's one stream of random numbers, which goes through
@@ -440,8 +503,9 @@ private struct Planner {
       guard var setting = planned[index].setting else { continue }
       setting.randomness = .mersenne(stream, start: start)
       planned[index].setting = setting
+      let grain = try makeMerge(setting, planned[index].output).grain
       guard let merge = try method.make(setting) as? SignConsensus else { continue }
-      let tile = Tile.width(grain: merge.grain)
+      let tile = Tile.width(grain: grain)
       let stride = max(1, MergeRun.standardChunkSize / tile) * tile
       for row in 0..<merge.drawingRows {
         let begin = start + row * setting.elementCount
@@ -506,9 +570,10 @@ extension MergePlan {
       case .merge(let merge, let inputs, _, _):
         let bytes = inputs.reduce(0) { $0 + $1.tensor.byteCount }
         let isReadAgain = !merge.isReady && bytes > share
-        cost.passes = max(cost.passes, 1 + merge.observingPasses)
-        cost.tensorsReadAgain += isReadAgain ? 1 : 0
+        cost.passes = max(cost.passes, task.passes)
+        cost.tensorsReadAgain += isReadAgain || task.isReadForItsGroup ? 1 : 0
         cost.bytesRead += bytes * (isReadAgain ? 1 + merge.observingPasses : 1)
+        cost.bytesRead += task.isReadForItsGroup ? bytes : 0
       }
     }
     cost.memory = workers * MergeWorkspace.Sizes(of: tasks, share: share).byteCount
@@ -523,17 +588,30 @@ extension MergePlan {
   /// - Parameters:
   ///   - finished: chunks that are in the sink already.
   ///   - keepsCache: whether the page cache shall keep what is read of files that were not in it.
+  /// - Returns: what the cleaning of task vectors came to.
+  @discardableResult
   public func run(
     into sink: any TensorSink, memory: Int, workers: Int, journal: MergeJournal? = nil,
     finished: Set<Chunk> = [], keepsCache: Bool = false,
     didFinish: @escaping @Sendable (FinishedChunk) throws -> Void = { _ in }
-  ) throws {
+  ) throws -> DisentanglementSummary? {
     try check(memory: memory, workers: workers)
-    try MergeRun(
+    var run = MergeRun(
       sources: sources, sink: journal.map { JournaledSink(sink: sink, journal: $0) } ?? sink,
       tasks: tasks, memory: memory, workers: workers, finished: finished,
-      forgettable: keepsCache ? [] : tensorsReadForOneOutput, didFinish: didFinish
-    ).run()
+      // What is cleaned is read again for its Gram matrix.
+      forgettable: keepsCache || cleaning != nil ? [] : tensorsReadForOneOutput,
+      didFinish: didFinish)
+    guard let cleaning, cleaning.tensorCount > 0 else {
+      try run.run()
+      return nil
+    }
+    let findings = CleaningFindings()
+    var summary = DisentanglementSummary(cleaning.cleaning, experts: cleaning.experts)
+    run.tasks = try cleaning.prepare(run, findings, &summary)
+    try run.run()
+    try cleaning.conclude(tasks, findings, &summary)
+    return summary
   }
 
   private var tensorsReadForOneOutput: Set<InputTensor> {

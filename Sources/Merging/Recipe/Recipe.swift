@@ -37,6 +37,10 @@ public struct Recipe: Sendable {
   public var inputs: Inputs
   public var baseModel: String?
   public var parameters: Parameters
+  /// How task vectors are cleaned before the method sees them.
+  public var cleaning: Cleaning?
+  /// Where the recipe asks for that.
+  var cleaningLine = 0
   /// Inputs are rounded to it before the arithmetic.
   public var dtype: DType?
   public var outputType: DType?
@@ -66,8 +70,8 @@ public struct Recipe: Sendable {
 
 extension Recipe {
   private static let keys = [
-    "merge_method", "models", "slices", "modules", "base_model", "parameters", "dtype",
-    "out_dtype", "tokenizer_source", "tokenizer", "chat_template",
+    "merge_method", "models", "slices", "modules", "base_model", "parameters", "task_vectors",
+    "dtype", "out_dtype", "tokenizer_source", "tokenizer", "chat_template",
   ]
 
   /// - Throws: `RecipeError` with the line of what is wrong.
@@ -95,6 +99,14 @@ extension Recipe {
     baseModel = try keys["base_model"].map { node in try reader.model(node) }
     parameters =
       try keys["parameters"].map { node in try reader.parameters(node, of: method) } ?? Parameters()
+    cleaning = try keys["task_vectors"].map { node in try reader.cleaning(node) }
+    cleaningLine = keys["task_vectors"]?.line ?? 0
+    if let node = keys["task_vectors"], method.operand == .weights {
+      let cleanable = MergeMethod.all.filter { $0.operand != .weights }.map { $0.name }
+      throw reader.error(
+        node, "\(method.name) works on whole weights and has no task vectors to clean",
+        remedy: "methods that have them are \(cleanable.joined(separator: ", "))")
+    }
     dtype = try keys["dtype"].map { node in try reader.dtype(node) }
     outputType = try keys["out_dtype"].map { node in try reader.dtype(node) }
     tokenizer = try Recipe.tokenizer(keys, reader)

@@ -59,6 +59,23 @@ struct Activations: Sendable {
         of: tensor, samples.lowerBound * tokens * width..<samples.upperBound * tokens * width))
   }
 
+  /// The same number of tokens of each of these samples, spread evenly, so that there are about
+  /// so many rows but at least one a sample.
+  func tokens(
+    of module: String, spreadOver samples: [Int], about rowCount: Int
+  ) throws -> Matrix<Float> {
+    let all = tokenCount(of: module)
+    let count = min(all, max(1, rowCount / samples.count))
+    var rows: [Float] = []
+    for sample in samples {
+      let tokens = try tokens(of: module, sample..<sample + 1)
+      for token in 0..<count { rows += tokens[row: token * all / count] }
+    }
+    return Matrix(
+      rowCount: samples.count * count, columnCount: source.manifest[module]!.rowLength,
+      elements: rows)
+  }
+
   /// The mean of each of these samples over its tokens, and the largest |h| of any of them.
   func means(
     of module: String, _ samples: [Int]

@@ -151,6 +151,12 @@ extension MixtureCalibration {
       })
     let rest = mixture.source.manifest.tensors.filter { !fitted.contains($0.name) }
     try mixture.source.copy(rest, into: sink, workers: workers)
+    return try fit(into: sink, memory: memory, workers: workers)
+  }
+
+  /// Fits the routers, and writes nothing else.
+  func fit(into sink: any TensorSink, memory: Int, workers: Int) throws -> [LayerReport] {
+    let gates = mixture.gates
     let largest = mixture.modules.indices.map(need).max() ?? 0
     guard largest <= memory else {
       throw MergeError(
@@ -200,12 +206,13 @@ extension MixtureCalibration {
     let fit: (gate: Dense, report: LayerReport)
     if options.method == .output, let layer, samples.canBeSplit {
       let matching = try OutputMatching(
-        samples, tokens: layer.tokens, module: layer.module, experts: layer.experts)
+        samples, tokens: layer.tokens, module: layer.module, experts: layer.experts,
+        present: try presentMixtures(module, samples))
       fit = (
         matching.gate,
-        try report(
-          module, layer, samples, fitted: nil, ridge: matching.ridge ?? 0,
-          after: matching.after, isMatched: matching.ridge != nil)
+        LayerReport(
+          module: module.prefix, ridge: matching.ridge ?? 0,
+          before: matching.present!, after: matching.after, isMatched: matching.ridge != nil)
       )
     } else {
       let ridge = RouterCalibration(samples)
@@ -263,31 +270,44 @@ extension MixtureCalibration {
         outputError: .nan,
         routingAccuracy: MatchedLayer.accuracy(
           of: gate(samples.features), split.held, samples.tasks))
-    return try report(
-      module, layer, samples, fitted: gate, ridge: ridge.ridge, after: after, isMatched: false)
+    let present = try presentMixtures(module, samples)
+    let before = layer?.qualities(ofMixtures: [present], split.held)[0]
+    return LayerReport(
+      module: module.prefix, ridge: ridge.ridge,
+      before: before
+        ?? OutputMatching.Quality(
+          outputError: .nan,
+          routingAccuracy: MatchedLayer.accuracy(of: present, split.held, samples.tasks)),
+      after: after, isMatched: false)
   }
 
-  private func report(
-    _ module: MixtureDescription.Module, _ layer: MatchedLayer?, _ samples: CalibrationSamples,
-    fitted: Dense?, ridge: Double, after: OutputMatching.Quality, isMatched: Bool
-  ) throws -> LayerReport {
-    let held = try samples.split().held
+  /// What the router that is there gives to the held-out samples; zeros for the others.
+  private func presentMixtures(
+    _ module: MixtureDescription.Module, _ samples: CalibrationSamples
+  ) throws -> Matrix<Float> {
     let router = try mixture.router(module.gate)
     var mixtures = Matrix<Float>(
       rowCount: samples.tasks.count, columnCount: samples.taskCount, repeating: 0)
-    for row in held {
+    for row in try samples.split().held {
       let mean = Matrix(
         rowCount: 1, columnCount: samples.features.columnCount,
         elements: Array(samples.features[row: row]))
       for (expert, weight) in router.mixture(mean).enumerated() { mixtures[row, expert] = weight }
     }
-    let before = layer?.qualities(ofMixtures: [mixtures], held)[0]
-    return LayerReport(
-      module: module.prefix, ridge: ridge,
-      routingAccuracy: (
-        MatchedLayer.accuracy(of: mixtures, held, samples.tasks), after.routingAccuracy
-      ),
-      outputError: before.map { ($0.outputError, after.outputError) }, isMatched: isMatched)
+    return mixtures
+  }
+}
+
+extension MixtureCalibration.LayerReport {
+  fileprivate init(
+    module: String, ridge: Double, before: OutputMatching.Quality,
+    after: OutputMatching.Quality, isMatched: Bool
+  ) {
+    self.init(
+      module: module, ridge: ridge,
+      routingAccuracy: (before.routingAccuracy, after.routingAccuracy),
+      outputError: after.outputError.isNaN ? nil : (before.outputError, after.outputError),
+      isMatched: isMatched)
   }
 }
 
@@ -314,25 +334,12 @@ extension MixtureCalibration {
     }
     let count = mixture.description.experts.count
     return MatchedLayer(
-      samples: samples, tokens: try tokens(of: prefix),
+      samples: samples,
+      tokens: try activations.tokens(of: prefix, spreadOver: self.samples, about: Self.tokenRows),
       module: WeightEnsemblingMLP(
         router: .constant(Array(repeating: 0, count: count)), base: base, taskVectors: vectors,
         activation: activation),
       experts: experts)
-  }
-
-  /// The same number of tokens of every sample, spread evenly.
-  private func tokens(of module: String) throws -> Matrix<Float> {
-    let all = activations.tokenCount(of: module)
-    let count = min(all, max(1, MixtureCalibration.tokenRows / samples.count))
-    var rows: [Float] = []
-    var width = 0
-    for sample in samples {
-      let tokens = try activations.tokens(of: module, sample..<sample + 1)
-      width = tokens.columnCount
-      for token in 0..<count { rows += tokens[row: token * all / count] }
-    }
-    return Matrix(rowCount: samples.count * count, columnCount: width, elements: rows)
   }
 }
 

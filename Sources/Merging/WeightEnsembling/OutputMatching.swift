@@ -31,15 +31,18 @@ public struct OutputMatching: Sendable {
   public let before: Quality
   /// Of the matched fit to three quarters of the samples.
   public let after: Quality
+  /// Of the mixtures that the samples have so far, if they were given.
+  public let present: Quality?
 
   /// - Parameters:
   ///   - samples: What the router sees: means over tokens, at least four samples a task.
   ///   - tokens: What the MLP sees: the same number of rows for every sample, in their order.
   ///   - module: The mixture; its router is not looked at.
   ///   - experts: The experts' MLPs, where the task vectors of the mixture are not exactly theirs.
+  ///   - present: The mixtures that the samples have so far, [samples, experts].
   public init(
     _ samples: CalibrationSamples, tokens: Matrix<Float>, module: WeightEnsemblingMLP,
-    experts: [MLPWeights]? = nil
+    experts: [MLPWeights]? = nil, present: Matrix<Float>? = nil
   ) throws(CalibrationError) {
     let split = try samples.split()
     let layer = MatchedLayer(
@@ -64,7 +67,10 @@ public struct OutputMatching: Sendable {
       }
     }
 
-    let qualities = layer.qualities(of: [start, best.gate], split.held)
+    let qualities = layer.qualities(
+      ofMixtures: [start, best.gate].map { $0(samples.features) } + (present.map { [$0] } ?? []),
+      split.held)
+    self.present = present.map { _ in qualities[2] }
     before = qualities[0]
     let everything = RouterCalibration(samples, principal).gate
     if best.ridge.isFinite, qualities[1].outputError < before.outputError {

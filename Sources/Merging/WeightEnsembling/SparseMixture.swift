@@ -6,12 +6,14 @@ import Glibc
 ///
 /// `P.block_sparse_moe.experts.{e}.w1`, `w3` and `w2` are an expert's `gate_proj`, `up_proj` and
 /// `down_proj`, `P.block_sparse_moe.gate` its gate; everything else is merged by task arithmetic.
-/// The gates are fitted to recorded activations: a softmax over W h picks the experts.
+/// The gates are fitted to recorded activations, token by token if they are recorded so: a
+/// softmax over W h picks the experts.
 public struct SparseMixture: Sendable {
   /// What one layer's gate does on samples that its fit has not seen.
   public struct LayerReport: Sendable {
     public let module: String
-    /// The share of samples with the largest weight on their own expert.
+    /// The share of tokens (of samples, where only their means are recorded) with the largest weight
+    /// on their own expert.
     public let routingAccuracy: Double
     /// What the linear fit is multiplied with before the softmax.
     public let sharpness: Double
@@ -137,23 +139,44 @@ public struct SparseMixture: Sendable {
   private func writeGate(of module: UpscaledModule, into sink: any TensorSink) throws
     -> LayerReport
   {
+    // The gate will see tokens one by one; it is fitted to them where they are recorded.
+    let tokens = try activations.tokens(
+      of: module.prefix, spreadOver: Array(tasks.indices), about: Self.tokenRows)
+    let perSample = tokens.rowCount / tasks.count
     let samples = try CalibrationSamples(
-      features: activations.means(of: module.prefix, Array(tasks.indices)).features,
-      tasks: tasks, taskCount: family.experts.count)
-    guard samples.canBeSplit else {
+      features: tokens, tasks: tasks.flatMap { Array(repeating: $0, count: perSample) },
+      taskCount: family.experts.count)
+    guard let held = heldOut else {
       throw CheckpointError(
         file: activations.source.path, tensor: "task", "has fewer than 4 samples of some expert")
     }
-    let split = try samples.split()
-    let trial = RouterCalibration(samples.subset(split.fitted))
-    let scores = trial.gate.withoutBias(samples.subset(split.fitted).features)(samples.features)
-    let sharpness = SparseMixture.sharpness(of: scores, split.held, tasks)
+    // A sample's tokens are alike: all of them are held out, or none.
+    let isHeld = samples.tasks.indices.map { held.contains($0 / perSample) }
+    let seen = samples.subset(isHeld.indices.filter { !isHeld[$0] })
+    let unseen = isHeld.indices.filter { isHeld[$0] }
+    let scores = RouterCalibration(seen).gate.withoutBias(seen.features)(samples.features)
+    let sharpness = SparseMixture.sharpness(of: scores, unseen, samples.tasks)
     var gate = RouterCalibration(samples).gate.withoutBias(samples.features).weight
     for index in gate.elements.indices { gate.elements[index] *= Float(sharpness) }
     try sink.write(gate.elements, of: manifest[module.sparseGate]!, from: 0)
     return LayerReport(
       module: module.prefix,
-      routingAccuracy: MatchedLayer.accuracy(of: scores, split.held, tasks), sharpness: sharpness)
+      routingAccuracy: MatchedLayer.accuracy(of: scores, unseen, samples.tasks),
+      sharpness: sharpness)
+  }
+
+  /// How many tokens a gate is fitted to, about.
+  private static let tokenRows = 4096
+
+  /// Every fourth sample of each task; `nil` if one has fewer than four.
+  private var heldOut: Set<Int>? {
+    var seen = Array(repeating: 0, count: family.experts.count)
+    var held = Set<Int>()
+    for (sample, task) in tasks.enumerated() {
+      seen[task] += 1
+      if seen[task].isMultiple(of: 4) { held.insert(sample) }
+    }
+    return seen.contains { $0 < 4 } ? nil : held
   }
 
   /// The factor under which a softmax of the scores says the tasks of unseen samples best.
