@@ -144,7 +144,8 @@ struct Merge: ParsableCommand {
       )
     }
     let seconds = progress.seconds
-    let rate = ByteSize(bytes: Int(Double(cost.bytesMerged + cost.bytesWritten) / max(seconds, 1e-3)))
+    let bytes = Double(cost.bytesMerged + cost.bytesWritten)
+    let rate = ByteSize(bytes: Int(bytes / max(seconds, 1e-3)))
     print(
       "\(output): \(summary(of: plan.manifest)) in \(decimal(seconds, 1)) s, \(rate)/s read and written, peak memory \(peakMemory)"
     )
