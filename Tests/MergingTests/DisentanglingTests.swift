@@ -486,8 +486,8 @@ struct CleaningTests {
     ("awd-row,optimizer=converged,rate=1", "the converged optimizer has no rate"),
     ("awd-row,block", "\"block\" is not of the form name=value"),
     (
-      "awd-row,alpha=1",
-      "cleaning has no parameter \"alpha\"; it has scope, objective, penalty, optimizer, rate, momentum, weight_decay, iterations, epsilon"
+      "awd-row,gamma=1",
+      "cleaning has no parameter \"gamma\"; it has scope, objective, penalty, optimizer, rate, momentum, weight_decay, iterations, epsilon"
     ),
   ])
   func `what is not understood is refused by name`(text: String, message: String) {

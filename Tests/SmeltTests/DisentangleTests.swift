@@ -128,7 +128,7 @@ struct DisentangleTests {
       #expect(result.code == 1)
       #expect(
         result.errors
-          == "Error: \(folder("g.safetensors")) is also an input; write to another name\n")
+          == "Error: \(folder("g.safetensors")): is also an input; write to another name\n")
     }
     // The Gram matrices that are written beside the output go to the file that was read.
     try FileManager.default.createDirectory(
@@ -140,7 +140,7 @@ struct DisentangleTests {
         + ["--clean", "awd-model", "--gram", folder("out/gram.safetensors"), "-o", folder("out")])
     #expect(
       result.errors
-        == "Error: \(folder("out/gram.safetensors")) is also an input; write to another name\n")
+        == "Error: \(folder("out/gram.safetensors")): is also an input; write to another name\n")
     #expect(try folder.names == ["out"])
     #expect(try Checkpoint.open(folder("out/gram.safetensors")).manifest.tensors == before)
   }
