@@ -27,6 +27,8 @@ class Side:
         """Return the wall seconds and the peak resident bytes of one run."""
         for output in map(Path, self.outputs):
             shutil.rmtree(output) if output.is_dir() else output.unlink(missing_ok=True)
+        # What an earlier run left to be written would be counted to this one.
+        os.sync()
         with tempfile.TemporaryFile() as errors:
             begin = time.perf_counter()
             process = subprocess.Popen(

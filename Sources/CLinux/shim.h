@@ -7,6 +7,8 @@ int sync_file_range(int fd, off_t offset, off_t count, unsigned int flags);
 int renameat2(int from_fd, const char *from, int to_fd, const char *to, unsigned int flags);
 static const unsigned int smelt_rename_exchange = 2; // RENAME_EXCHANGE
 static const unsigned int smelt_sync_file_range_write = 2; // SYNC_FILE_RANGE_WRITE
+// SYNC_FILE_RANGE_WAIT_BEFORE, _WRITE and _WAIT_AFTER
+static const unsigned int smelt_sync_file_range_wait = 7;
 
 // Likewise, from <unistd.h>.
 int pipe2(int ends[2], int flags);

@@ -7,6 +7,7 @@ extension Packing {
   func write(workers: Int, waiting: Int) throws {
     let pending = try PendingFile(for: path)
     let file = try pending.open()
+    let behind = WriteBehind()
     let table = GrowingTable()
     let turnstile = Turnstile()
     let early = EarlyFrames()
@@ -32,7 +33,7 @@ extension Packing {
           }
           guard let (frame, offset) = passed else { return }
           try file.write(frame.bytes.first(frame.size), at: offset)
-          file.startFlush(at: offset, count: frame.size)
+          behind.add(offset..<offset + frame.size, of: file)
           early.giveBack(frame)
         } catch {
           turnstile.close()

@@ -133,12 +133,13 @@ public struct File: ~Copyable, Sendable {
   }
 
   /// Starts writing a range to the disk, without waiting for it.
-  ///
-  /// A small range is left to the kernel: flushed each by itself, a million small tensors are a
-  /// million writes of the same few pages.
   func startFlush(at offset: Int, count: Int) {
-    guard count >= 1 << 18 else { return }
     _ = sync_file_range(descriptor, off_t(offset), off_t(count), smelt_sync_file_range_write)
+  }
+
+  /// Waits until a range is on the disk.
+  func finishFlush(at offset: Int, count: Int) {
+    _ = sync_file_range(descriptor, off_t(offset), off_t(count), smelt_sync_file_range_wait)
   }
 
   /// Lets the kernel forget its cached copy of a range that will not be read again.

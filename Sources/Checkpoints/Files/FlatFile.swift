@@ -69,6 +69,7 @@ final class FlatSink: TensorSink {
   private let file: File
   private let remaining: Atomic<Int>
   private let recorder: ChecksumRecorder?
+  private let behind = WriteBehind()
   private let seal: Seal
   private let open: Open
   private let isComplete = Atomic(false)
@@ -100,8 +101,7 @@ final class FlatSink: TensorSink {
       throw CheckpointError(
         file: pending.destination, tensor: tensor.name, error.problem, remedy: error.remedy)
     }
-    // Flushing as we go keeps dirty pages few; the fsync at the end then has little to do.
-    file.startFlush(at: start, count: bytes.byteCount)
+    behind.add(start..<start + bytes.byteCount, of: file)
     recorder?.add(bytes, ofTensorAt: position, from: offset)
     remaining.wrappingSubtract(bytes.byteCount, ordering: .relaxed)
   }

@@ -166,6 +166,7 @@ private final class Flushing: @unchecked Sendable {  // Sound: used by who store
   private let file: File
   private var pending = 0
   private var flushed = 0
+  private let behind = WriteBehind()
 
   init(_ file: consuming File) { self.file = file }
 
@@ -174,7 +175,7 @@ private final class Flushing: @unchecked Sendable {  // Sound: used by who store
     pending += count
     // If the size cannot be asked for, the file is flushed at the end.
     guard pending >= 4 << 20, let size = try? file.size() else { return }
-    file.startFlush(at: flushed, count: size - flushed)
+    behind.add(flushed..<size, of: file)
     flushed = size
     pending = 0
   }

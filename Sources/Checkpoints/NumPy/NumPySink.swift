@@ -14,6 +14,7 @@ final class NumPySink: TensorSink {
   private let remaining: Atomic<Int>
   /// The checksums of the pieces of each tensor by where they begin.
   private let pieces: Mutex<[[Int: (count: Int, checksum: UInt)]]>
+  private let behind = WriteBehind()
 
   init(_ path: String, _ manifest: Manifest) throws(CheckpointError) {
     self.manifest = manifest
@@ -43,7 +44,8 @@ final class NumPySink: TensorSink {
       throw CheckpointError(
         file: pending.destination, tensor: tensor.name, error.problem, remedy: error.remedy)
     }
-    file.startFlush(at: offsets[position] + offset, count: bytes.byteCount)
+    let start = offsets[position] + offset
+    behind.add(start..<start + bytes.byteCount, of: file)
     let checksum = crc32(of: bytes)
     pieces.withLock { $0[position][offset] = (bytes.byteCount, checksum) }
     remaining.wrappingSubtract(bytes.byteCount, ordering: .relaxed)
