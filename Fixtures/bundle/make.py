@@ -1,4 +1,4 @@
-"""Makes good.safetensors, packs it with $SMELT and damages copies of the bundle."""
+"""Makes checkpoints, packs them with $SMELT and damages copies of a bundle."""
 
 import os
 import subprocess
@@ -34,6 +34,26 @@ tensors = {
 save_file(tensors, HERE / "good.safetensors", metadata={"format": "pt"})
 good = HERE / "good.safetensors.zst"
 subprocess.run([os.environ["SMELT"], "pack", HERE / "good.safetensors", good], check=True)
+
+# What the other codecs are for.
+ids = random.integers(0, 2**20, 600, np.int32)
+flipped = ids ^ random.integers(0, 2, 600, np.int32)
+mask = random.random(600) < 0.1
+save_file(
+    {"ids.0": ids, "ids.1": flipped, "thin.0": ids * mask, "thin.1": flipped * mask},
+    HERE / "good-xor.safetensors",
+)
+subprocess.run([os.environ["SMELT"], "pack", HERE / "good-xor.safetensors", HERE / "good-xor.safetensors.zst"], check=True)
+matrix = normal(33, 150)
+save_file(
+    {"half": matrix[:, :130].astype(np.float16), "brain": matrix.astype(ml_dtypes.bfloat16), "single": matrix, "bias": matrix[0]},
+    HERE / "matrices.safetensors",
+)
+for lossy in ["int8", "int4", "sign1", "lowrank:3"]:
+    bundle = HERE / f"good-{lossy.split(':')[0]}.safetensors.zst"
+    subprocess.run([os.environ["SMELT"], "pack", "--lossy", lossy, HERE / "matrices.safetensors", bundle], check=True)
+    subprocess.run([os.environ["SMELT"], "unpack", bundle, "-o", bundle.with_suffix("")], check=True)
+(HERE / "matrices.safetensors").unlink()
 
 whole = good.read_bytes()
 flipped = bytearray(whole)

@@ -14,7 +14,8 @@ struct Pack: ParsableCommand {
       Without --lossy nothing is lost: 'smelt unpack' gives every bit back.
 
       With --base, the bundle holds the base and all the models by their names, each as \
-      differences from those before it where that is smaller. With --against, it holds only \
+      differences from those before it where that is smaller; OUT.safetensors.zst/NAME is then \
+      one of them wherever a checkpoint is read. With --against, it holds only \
       differences from a model that stays outside, which unpacking then needs.
       """)
 

@@ -117,6 +117,18 @@ typealias Bundle = Checkpoints.Bundle
     try expectUnpacks(folder("b.safetensors.zst"), as: source)
   }
 
+  @Test func `decodes a difference from a tensor that is mostly zeros`() throws {
+    let pruned = Sample.pruned("a.0", .i32, [1_060_000], seed: 1)
+    let near = pruned.bytes.indices.map { pruned.bytes[$0] ^ ($0 % 4000 == 0 ? 3 : 0) }
+    let source = try writeSafetensors(
+      [pruned, Sample("a.1", .i32, [1_060_000], near)], to: folder("in.safetensors"))
+    try Bundle.pack(source, to: folder("b.safetensors.zst"))
+    let bundle = try BundleSource(folder("b.safetensors.zst"))
+    #expect(bundle.recipe.models[0].tensors.map { $0.codec } == [.sparse, .xor])
+    try bundle.verify()
+    try expectUnpacks(folder("b.safetensors.zst"), as: source)
+  }
+
   @Test(arguments: [DType.bf16, .f16, .f32, .f64, .f8E4M3])
   func `keeps a model as its difference from another`(dtype: DType) throws {
     let (base, tuned) = try family(dtype)
@@ -132,6 +144,13 @@ typealias Bundle = Checkpoints.Bundle
       #expect(try contents(of: folder("out.safetensors")) == contents(of: source.path))
     }
     #expect(throws: CheckpointError.self) { try bundle.model("other") }
+    let member = try Checkpoint.open(folder("b.safetensors.zst/tuned"))
+    #expect(try member.bytes(of: member.tensor("w")) == tuned.bytes(of: tuned.tensor("w")))
+    #expect(try Checkpoint.files(of: folder("b.safetensors.zst/tuned")) == [bundle.path])
+    #expect(
+      throws: CheckpointError(
+        file: bundle.path, "holds no model \"other\"", remedy: "it holds \"base\", \"tuned\"")
+    ) { try Checkpoint.open(folder("b.safetensors.zst/other")) }
   }
 
   @Test func `against a base outside names it and refuses another`() throws {
@@ -146,7 +165,7 @@ typealias Bundle = Checkpoints.Bundle
       throws: CheckpointError(
         file: path, tensor: "w",
         "is kept as a difference from a base model that is not in the bundle",
-        remedy: "name the base")
+        remedy: "name the base: 'smelt unpack --against BASE'")
     ) { try alone.bytes(of: alone.tensor("w")) }
     let bare = try writeSafetensors(
       [.weights("v", .bf16, [200, 200], seed: 1)], to: folder("bare.safetensors"))

@@ -103,6 +103,33 @@ import Testing
     }
   }
 
+  @Test func `that would fill the memory or the disk is refused`() throws {
+    // A gigabyte of headers that are one.
+    let models = (0..<20).map { #"{"name":"\#($0)","header":"h","tensors":[]}"# }
+    let header = [UInt8](repeating: UInt8(ascii: " "), count: 1 << 20)
+    try writeBundle(
+      recipe: #"{"version":1,"models":[\#(models.joined(separator: ","))]}"#,
+      [try TensorInfo(name: "h", dtype: .u8, shape: [50 << 20])],
+      Array(repeating: header, count: 50))
+    let path = folder("b.safetensors.zst")
+    #expect(problem(in: path)?.problem == "has headers of more than 100000000 bytes")
+
+    // Half a terabyte that is the product of two rows of zeros, and once more.
+    let long = 1 << 18
+    func entry(_ name: String) -> String {
+      #"{"name":"\#(name)","dtype":"F64","shape":[\#(long),\#(long)],"xxh3":"0000000000000000","codec":"lowrank","parts":["l","r"]}"#
+    }
+    let zeros = [[UInt8](repeating: 0, count: 1 << 20), [UInt8](repeating: 0, count: 1 << 20)]
+    let thin = try [
+      TensorInfo(name: "l", dtype: .f32, shape: [long, 1]),
+      TensorInfo(name: "r", dtype: .f32, shape: [1, long]),
+    ]
+    try writeBundle(recipe: recipe(entry("a") + "," + entry("b")), thin, zeros)
+    let error = try #require(problem(in: path))
+    #expect(error.tensor == "a")
+    #expect(error.problem == "is too large for so small a bundle")
+  }
+
   @Test func `whose frames or seek table lie is refused`() throws {
     let entries = #"{"name":"w","dtype":"U8","shape":[4],"xxh3":"0000000000000000","codec":"raw"}"#
     let part = [try TensorInfo(name: "w", dtype: .u8, shape: [4])]

@@ -245,11 +245,15 @@ class Bundles(unittest.TestCase):
         smelt("pack", source, bundle)
         self.assertLess(bundle.stat().st_size, 1.02 * source.stat().st_size)
 
-    def test_numpy_and_smelt_read_the_stored_bundle(self):
-        good = FIXTURES / "bundle/good.safetensors"
-        self.assert_reads(f"{good}.zst", good)
-        smelt("unpack", f"{good}.zst", "-o", self.out / "out.safetensors")
-        self.assertEqual((self.out / "out.safetensors").read_bytes(), good.read_bytes())
+    def test_numpy_and_smelt_read_the_stored_bundles(self):
+        codecs = set()
+        for bundle in (FIXTURES / "bundle").glob("good*.zst"):
+            unpacked = bundle.with_suffix("")
+            self.assert_reads(bundle, unpacked)
+            smelt("unpack", bundle, "-o", self.out / "out.safetensors")
+            self.assertEqual((self.out / "out.safetensors").read_bytes(), unpacked.read_bytes(), bundle.name)
+            codecs |= {t["codec"] for t in recipe(bundle)["models"][0]["tensors"]}
+        self.assertEqual(codecs, {"raw", "planes", "ulp", "xor", "sparse", "int8", "int4", "sign1", "lowrank"})
 
     def test_every_frame_is_small_sized_and_checked(self):
         data = (FIXTURES / "bundle/good.safetensors.zst").read_bytes()

@@ -17,20 +17,17 @@ extension BundleFile {
       }
     case .planes:
       try decodePlanes(block, of: stored, part: 0, rotation: stored.rotation, into: bytes, reader)
-    case .xor:
-      try decodePlanes(block, of: stored, part: 0, rotation: 0, into: bytes, reader)
-      let other = reader.elements.part(0..<bytes.count)
-      try decodeReference(block, of: stored, into: other, reader)
-      exclusiveOr(
-        bytes.baseAddress!, with: UnsafeRawPointer(other.baseAddress!), count: bytes.count)
-    case .ulp:
+    case .ulp, .xor:
+      // The other tensor first: what decodes it may need the reader's buffers for itself.
       try decodeReference(block, of: stored, into: bytes, reader)
       let codes = reader.elements.part(0..<bytes.count)
       try decodePlanes(block, of: stored, part: 0, rotation: 0, into: codes, reader)
-      let width = stored.tensor.dtype.byteWidth
-      Steps.add(
-        UnsafeRawPointer(codes.baseAddress!), count: bytes.count / width, width: width,
-        to: bytes.baseAddress!)
+      let (start, width) = (UnsafeRawPointer(codes.baseAddress!), stored.tensor.dtype.byteWidth)
+      if stored.codec == .xor {
+        exclusiveOr(bytes.baseAddress!, with: start, count: bytes.count)
+      } else {
+        Steps.add(start, count: bytes.count / width, width: width, to: bytes.baseAddress!)
+      }
     case .sparse: try decodeSparse(block, of: stored, into: bytes, reader)
     case .int8, .int4, .sign1: try dequantise(block, of: stored, into: bytes, reader)
     case .lowrank: try multiply(block, of: stored, into: bytes, reader)

@@ -13,6 +13,13 @@ public enum Bundle: CheckpointFormat {
     beginning.starts(with: [0x28, 0xB5, 0x2F, 0xFD])
   }
 
+  /// The bundle and the model's name in `BUNDLE/NAME`; nil if the path is that of a file or folder.
+  static func member(_ path: String) -> (bundle: String, model: String)? {
+    let (folder, name) = split(path)
+    guard folder.hasSuffix(".safetensors.zst"), !name.isEmpty, !isFolder(folder) else { return nil }
+    return (folder, name)
+  }
+
   public static func open(_ path: String) throws(CheckpointError) -> any TensorSource {
     try BundleSource(path)
   }

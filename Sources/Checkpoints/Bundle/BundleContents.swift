@@ -10,6 +10,10 @@ extension Bundle {
     private(set) var headers: [Int?] = []
     let recipe: Recipe
 
+    /// The binary logarithm of how many times larger than its frames what is unpacked may be;
+    /// zeros, the smallest that there is, are about 2¹⁵ times.
+    private static let largestExpansion = 20
+
     private let path: String
     private let inner: Manifest
     private var cuts: [Cut?]
@@ -28,14 +32,26 @@ extension Bundle {
       self.inner = inner.manifest
       self.path = path
       cuts = Array(repeating: nil, count: inner.manifest.tensors.count)
+      var (headerSize, tensorSize) = (0, 0)
       for model in recipe.models {
         headers.append(try model.header.map { (name) throws(CheckpointError) in try header(name) })
+        // All of them are kept in memory, and models may share one.
+        headerSize += headers.last!.map { inner.manifest.tensors[$0].byteCount } ?? 0
+        guard headerSize <= Safetensors.largestHeader else {
+          throw malformed(nil, "has headers of more than \(Safetensors.largestHeader) bytes")
+        }
         for entry in model.tensors {
           let name = model.fullName(entry.tensor.name)
           guard positions[ExactName(name)] == nil else {
             throw malformed(name, "is in the recipe twice")
           }
           tensors.append(try stored(entry, as: name))
+          // A product of thin matrices, or a part that many share, is a bomb for whoever unpacks.
+          let (sum, overflow) = tensorSize.addingReportingOverflow(entry.tensor.byteCount)
+          guard !overflow, sum >> Self.largestExpansion <= table.starts.last! else {
+            throw malformed(name, "is too large for so small a bundle")
+          }
+          tensorSize = sum
           positions[ExactName(name)] = tensors.count - 1
         }
       }

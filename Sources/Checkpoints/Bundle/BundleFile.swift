@@ -71,9 +71,10 @@ final class BundleFile: Sendable {
     _ contents: Bundle.Contents, _ frames: FrameFile, _ reader: BlockReader
   ) throws(CheckpointError) -> [Model] {
     var models: [Model] = []
+    var names = Set<ExactName>()
     var first = 0
     for (model, header) in zip(contents.recipe.models, contents.headers) {
-      guard !models.contains(where: { ExactName($0.name) == ExactName(model.name) }) else {
+      guard names.insert(ExactName(model.name)).inserted else {
         throw CheckpointError(file: frames.path, "has two models \(quoted(model.name))")
       }
       let tensors = model.tensors.map { $0.tensor }

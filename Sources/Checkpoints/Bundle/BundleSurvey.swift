@@ -75,7 +75,16 @@ extension Bundle.Survey {
     var finding = Bundle.Finding()
     let size = try readSample(of: tensor, source, into: sample)
     finding.own.cost = .max
-    for codec in [Codec.raw, .planes, .sparse] where codec.suits(tensor.dtype) {
+    var others = candidates[...]
+    if let base = others.first, base.position == nil {
+      others.removeFirst()
+      finding.differences = try differences(of: tensor, size, from: base)
+    }
+    // A base outside is always there to refer to, so a close one leaves little to try. In models
+    // of small tensors trying takes as long as packing.
+    let hasCloseBase = finding.differences.contains { isClose($0.choice, size) }
+    for codec in hasCloseBase ? [.sparse] : [Codec.raw, .planes, .sparse]
+    where codec.suits(tensor.dtype) {
       let choice = tryOut(codec, tensor.dtype, size)
       // Simpler codecs come first and stay unless another gains a hundredth.
       guard let choice, finding.own.cost == .max || gains(choice, over: finding.own) else {
@@ -87,24 +96,47 @@ extension Bundle.Survey {
       }
       finding.own = choice
     }
-    for var candidate in candidates {
-      var isOfUse = false
-      _ = try readSample(of: candidate.tensor, candidate.source, into: other)
-      for codec in [Codec.ulp, .xor] where codec.suits(tensor.dtype) {
-        guard let choice = tryOut(codec, tensor.dtype, size),
-          gains(choice, over: finding.own)
-        else { continue }
-        if !isOfUse && candidate.position == nil {
-          candidate.checksum = try candidate.source.checksum(of: candidate.tensor)
-        }
-        isOfUse = true
-        finding.differences.append((choice, candidate))
+    for candidate in hasCloseBase ? [] : others {
+      finding.differences += try differences(
+        of: tensor, size, from: candidate, toBeat: finding.own)
+    }
+    finding.differences.removeAll { !gains($0.choice, over: finding.own) }
+    if finding.differences.contains(where: { $0.candidate.position == nil }) {
+      let base = candidates[0]
+      let checksum = try base.source.checksum(of: base.tensor)
+      for index in finding.differences.indices
+      where finding.differences[index].candidate.position == nil {
+        finding.differences[index].candidate.checksum = checksum
       }
     }
     finding.differences.sort { $0.choice.cost < $1.choice.cost }
     finding.checksum = try source.checksum(of: tensor)
     return finding
   }
+
+  /// The sampled tensor as differences from another.
+  /// - Parameter own: only if a quarter of the sample takes less than it would by this.
+  private func differences(
+    of tensor: TensorInfo, _ size: Int, from candidate: Bundle.Candidate,
+    toBeat own: Bundle.Choice? = nil
+  ) throws -> [(choice: Bundle.Choice, candidate: Bundle.Candidate)] {
+    _ = try readSample(of: candidate.tensor, candidate.source, into: other)
+    var found: [(choice: Bundle.Choice, candidate: Bundle.Candidate)] = []
+    for codec in [Codec.ulp, .xor] where codec.suits(tensor.dtype) {
+      // Where floats are few steps apart, their bits differ as much.
+      guard !found.contains(where: { isClose($0.choice, size) }) else { break }
+      if let own, size >= Self.smallestSampleCount,
+        let quick = tryOut(codec, tensor.dtype, size / 4 / 8 * 8), quick.cost > own.cost / 4
+      {
+        continue
+      }
+      if let choice = tryOut(codec, tensor.dtype, size) { found.append((choice, candidate)) }
+    }
+    return found
+  }
+
+  /// Whether a difference takes so little that nothing else need be tried.
+  private func isClose(_ choice: Bundle.Choice, _ size: Int) -> Bool { choice.cost < size / 2 }
 
   private func gains(_ choice: Bundle.Choice, over other: Bundle.Choice) -> Bool {
     choice.cost < other.cost - other.cost / 100
@@ -128,7 +160,9 @@ extension Bundle.Survey {
     let last = (tensor.byteCount - size) / width
     for index in 0..<Self.samplePieces {
       let offset = last / (Self.samplePieces - 1) * index * width
-      try source.read(tensor, at: offset, into: sample.part(index * size..<(index + 1) * size))
+      // A quarter of the sample is from all over the tensor too.
+      let place = index / 4 + index % 4 * (Self.samplePieces / 4)
+      try source.read(tensor, at: offset, into: sample.part(place * size..<(place + 1) * size))
     }
     return whole
   }

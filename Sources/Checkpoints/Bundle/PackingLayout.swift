@@ -38,6 +38,13 @@ extension Packing {
       }
       recipe.models.append(model)
     }
+    let headerSize = models.reduce(0) { $0 + ($1.source.manifest.safetensorsHeader?.count ?? 0) }
+    guard headerSize <= Safetensors.largestHeader else {
+      throw CheckpointError(
+        file: path,
+        "would hold \(headerSize) bytes of headers; the limit is \(Safetensors.largestHeader)",
+        remedy: "pack fewer models together")
+    }
     let inner = try Safetensors.Layout(
       writing: Manifest(parts, metadata: ["bundle": recipe.json]), path: path)
     streams = [Stream(.bytes(inner.prefix), .text, length: inner.prefix.count)]

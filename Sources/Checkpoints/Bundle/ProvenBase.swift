@@ -57,7 +57,7 @@ final class ProvenBase: Sendable {
       throw CheckpointError(
         file: path, tensor: stored.tensor.name,
         "is kept as a difference from a base model that is not in the bundle",
-        remedy: "name the base")
+        remedy: "name the base: 'smelt unpack --against BASE'")
     }
     guard let tensor = source.manifest[name], tensor.dtype == stored.tensor.dtype,
       tensor.elementCount == stored.tensor.elementCount

@@ -7,6 +7,8 @@ enum ThinProduct {
   /// What bounds the work that a bundle can ask for.
   static let largestRank = 1 << 10
   static let largestRowLength = Codec.blockCount
+  /// Elements of `right`, which is decoded for each block again.
+  static let largestRight = 1 << 24
 
   /// Whether a matrix can be kept so at all, and takes less.
   static func suits(_ tensor: TensorInfo, rank: Int) -> Bool {
@@ -18,7 +20,7 @@ enum ThinProduct {
   static func isAllowed(_ rank: Int, of tensor: TensorInfo) -> Bool {
     let (rows, columns) = shape(of: tensor)
     return columns <= largestRowLength && (1...largestRank).contains(rank)
-      && rank <= min(rows, columns)
+      && rank <= min(rows, columns) && rank * columns <= largestRight
   }
 
   /// The tensor as a matrix, whose columns are its last dimension.
