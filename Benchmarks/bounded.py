@@ -25,12 +25,19 @@ class Group:
     """A memory control group with a limit in bytes, as a context."""
 
     def __init__(self, limit):
-        self.is_new = "memory" in (
-            (ROOT / "cgroup.controllers").read_text().split()
-            if (ROOT / "cgroup.controllers").exists() else []
-        )
-        self.path = (ROOT if self.is_new else ROOT / "memory") / f"smelt-{os.getpid()}"
+        folder = Group.controller()
+        self.is_new = folder == ROOT
+        self.path = folder / f"smelt-{os.getpid()}"
         self.limit = limit
+
+    @staticmethod
+    def controller():
+        """Return the folder where memory groups are made, None if there is none."""
+        controllers = ROOT / "cgroup.controllers"
+        if controllers.exists() and "memory" in controllers.read_text().split():
+            return ROOT
+        old = ROOT / "memory"
+        return old if (old / "memory.limit_in_bytes").exists() else None
 
     def __enter__(self):
         self.path.mkdir()
@@ -58,6 +65,9 @@ def main():
     parser.add_argument("--times", type=float, default=10)
     parser.add_argument("--output", type=Path, help="where the results go; default: FOLDER")
     options = parser.parse_args()
+    if os.geteuid() != 0 or not Group.controller():
+        print("skipped: a memory control group takes root and a controller in /sys/fs/cgroup")
+        return
     folder = options.folder or Path(tempfile.mkdtemp())
     if not (folder / "model3" / "model.safetensors").exists():
         maker = Path(__file__).parent / "merge_models.py"
@@ -65,6 +75,7 @@ def main():
             [sys.executable, maker, folder, "--gigabytes", str(options.gigabytes)], check=True
         )
     output = options.output or folder
+    output.mkdir(parents=True, exist_ok=True)
     for method in options.methods:
         path, inputs = recipe(folder, method, output)
         size = sum(input.stat().st_size for input in inputs)

@@ -65,6 +65,7 @@ def main():
             [sys.executable, maker, folder, "--gigabytes", str(options.gigabytes)], check=True
         )
     output = options.output or folder
+    output.mkdir(parents=True, exist_ok=True)
     for method in options.methods:
         path, inputs = recipe(folder, method, output)
         smelt = Side(

@@ -1,6 +1,6 @@
-"""Makes a base and fine-tunes of it: Llama-shaped, BF16, random weights.
+"""Makes a base and fine-tunes of it: Llama-shaped, BF16 or F32, random weights.
 
-usage: make-models.py FOLDER [--gigabytes 1] [--models 3]
+usage: merge_models.py FOLDER [--gigabytes 1] [--models 3] [--hidden 2048] [--float32]
 """
 import argparse
 import json
@@ -12,11 +12,15 @@ parser = argparse.ArgumentParser()
 parser.add_argument("folder")
 parser.add_argument("--gigabytes", type=float, default=1)
 parser.add_argument("--models", type=int, default=3)
+parser.add_argument("--hidden", type=int, default=2048)
+parser.add_argument("--float32", action="store_true")
 options = parser.parse_args()
 
-hidden, inner, vocabulary = 2048, 5632, 32000
+hidden = options.hidden
+inner, vocabulary = 11 * hidden // 4, 125 * hidden // 8
+width = 4 if options.float32 else 2
 per_layer = 4 * hidden * hidden + 3 * hidden * inner + 2 * hidden
-layers = max(1, round((options.gigabytes * 1e9 / 2 - 2 * vocabulary * hidden) / per_layer))
+layers = max(1, round((options.gigabytes * 1e9 / width - 2 * vocabulary * hidden) / per_layer))
 
 
 def shapes():
@@ -43,8 +47,9 @@ def write(path, model):
     # safetensors.numpy has no BF16: the header is written here.
     header, offset = {"__metadata__": {"format": "pt"}}, 0
     for name, shape in shapes():
-        size = 2 * int(numpy.prod(shape))
-        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [offset, offset + size]}
+        size = width * int(numpy.prod(shape))
+        dtype = "F32" if options.float32 else "BF16"
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, offset + size]}
         offset += size
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
@@ -55,14 +60,14 @@ def write(path, model):
             if model:
                 own = numpy.random.default_rng([number, model])
                 base += own.standard_normal(shape, numpy.float32) * 0.001
-            file.write(bfloat16(base).tobytes())
+            file.write((base if options.float32 else bfloat16(base)).tobytes())
 
 
 config = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": hidden,
     "intermediate_size": inner, "vocab_size": vocabulary, "num_hidden_layers": layers,
     "num_attention_heads": 16, "num_key_value_heads": 16, "rms_norm_eps": 1e-5,
-    "torch_dtype": "bfloat16", "tie_word_embeddings": False, "hidden_act": "silu",
+    "torch_dtype": "float32" if options.float32 else "bfloat16", "tie_word_embeddings": False, "hidden_act": "silu",
 }
 for model in range(options.models + 1):
     folder = f"{options.folder}/model{model}"

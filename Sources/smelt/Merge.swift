@@ -112,7 +112,7 @@ struct Merge: ParsableCommand {
     _ plan: MergePlan, _ cost: MergePlan.Cost, into sink: any TensorSink, journal: MergeJournal,
     finished: Set<Chunk>
   ) throws {
-    let progress = Progress(total: cost.bytesMerged + cost.bytesWritten, isQuiet: quiet)
+    let progress = Progress(total: cost.bytesRead + cost.bytesWritten, isQuiet: quiet)
     let notFinite = Mutex<[String: Int]>([:])
     let cleaning = try plan.run(
       into: sink, memory: resources.memory.bytes, workers: resources.jobs, journal: journal,
@@ -122,6 +122,8 @@ struct Merge: ParsableCommand {
       if chunk.notFinite > 0 {
         notFinite.withLock { $0[chunk.tensor.name, default: 0] += chunk.notFinite }
       }
+    } didObserve: { tensor, bytes in
+      progress.advance(bytes, tensor.name)
     }
     progress.finish()
     let damaged = notFinite.withLock { $0 }.sorted { $0.key < $1.key }

@@ -291,6 +291,25 @@ struct MethodTests {
     }
   }
 
+  @Test(arguments: MergeMethod.all.map { $0.name })
+  func `what is zero in every model stays zero`(name: String) throws {
+    let method = MergeMethod[name]!
+    let zeros = [Float](repeating: 0, count: 40)
+    for hasBase in [true, false] where hasBase || method.base == .optional {
+      guard name != "passthrough" || !hasBase else { continue }
+      let others = method.models.upperBound <= 2 ? 1 : name == "nuslerp" ? 2 : 3
+      var merge = SingleTensorMerge(
+        method: name, base: hasBase ? zeros : nil, models: Array(repeating: zeros, count: others),
+        shape: [5, 8])
+      merge.shared["t"] = .number(0.4)
+      merge.shared["select_topk"] = .number(0.3)
+      merge.perModel["weight"] = (0...others).map { 0.5 + Double($0) }
+      if method.operand != .weights || !hasBase { merge.perModel["weight"]!.removeLast() }
+      merge.perModel["density"] = Array(repeating: 0.4, count: others)
+      #expect(try merge.result() == zeros, "base: \(hasBase)")
+    }
+  }
+
   @Test func `a NaN stays where it is`() throws {
     var values = Self.values(100, models: 2, seed: 14)
     values[1][3] = .nan

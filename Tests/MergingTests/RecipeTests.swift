@@ -1,4 +1,5 @@
 import Checkpoints
+import Synchronization
 import TestSupport
 import Testing
 
@@ -54,6 +55,18 @@ struct RecipeTests {
     #expect(recipe.models == ["a", "b"])
   }
 
+  @Test(arguments: MergeMethod.all.map { $0.name })
+  func `int8_mask is accepted for every method, wherever it stands`(method: String) throws {
+    let recipe = try parse(
+      """
+      merge_method: \(method)
+      base_model: a
+      models: [{model: b, parameters: {int8_mask: true}}]
+      parameters: {int8_mask: true}
+      """)
+    #expect(recipe.parameters.value("int8_mask", for: "x", t: 0) == .flag(true))
+  }
+
   @Test(arguments: [
     (0.0, 0.0), (0.25, 0.25), (0.5, 0.5), (0.75, 0.75), (1.0, 1.0), (0.125, 0.125),
   ])
@@ -82,6 +95,10 @@ struct RecipeTests {
     (
       "merge_method: linear\nmodels:\n  - model: a\n    parameters:\n      wieght: 1",
       "r.yml, line 5: linear has no parameter \"wieght\"; did you mean weight?"
+    ),
+    (
+      "merge_method: ties\nbase_model: a\nmodels:\n  - model: b\n    parameters:\n      normalize: false",
+      "r.yml, line 6: normalize is one for all models and stands under a single one; move it to the parameters of the recipe or of the slice"
     ),
     (
       "merge_method: linear\nmodels: [{model: a}]\nparameters: {weight: heavy}",
@@ -243,6 +260,96 @@ struct MergePlanTests {
         "merge_method: passthrough\nslices:\n  - sources: [{model: a, layer_range: [0, 5]}]",
         [model(3, path: "a")])
     }
+  }
+
+  @Test func `a filter in a slice looks at the layer's number in the model`() throws {
+    let models = try [model(2, path: "a"), model(1, path: "b")]
+    let plan = try plan(
+      """
+      merge_method: linear
+      slices:
+        - sources:
+            - model: a
+              layer_range: [1, 2]
+              parameters: {weight: [{filter: layers.1., value: 3}, {value: 1}]}
+            - model: b
+              layer_range: [0, 1]
+              parameters: {weight: [{filter: layers.1., value: 3}, {value: 1}]}
+      parameters: {normalize: false}
+      """, models)
+    let sink = MemorySink(plan.manifest.tensors)
+    try plan.run(into: sink, memory: 1 << 20, workers: 1)
+    let name = "model.layers.0.mlp.up_proj.weight"
+    let values = try zip(
+      models[0].floats(of: "model.layers.1.mlp.up_proj.weight"), models[1].floats(of: name))
+    #expect(sink.floats(of: plan.manifest[name]!) == values.map { 3 * $0 + $1 })
+  }
+
+  @Test(arguments: [1, 2, 3], ["ties", "sce", "arcee_fusion", "slerp"])
+  func `a plan's memory is within the budget`(workers: Int, method: String) throws {
+    let models = try ["a", "b", "c", "d"].map { try Headers(path: $0, count: 1 << 20) }
+    let isPair = ["arcee_fusion", "slerp"].contains(method)
+    let plan = try MergePlan(
+      Recipe(
+        parsing: """
+          merge_method: \(method)
+          base_model: a
+          models: [{model: b}\(isPair ? "" : ", {model: c}, {model: d}")]
+          \(method == "slerp" ? "parameters: {t: 0.5}" : "")
+          \(method == "ties" ? "parameters: {weight: 1, density: 0.5}" : "")
+          \(method == "sce" ? "parameters: {select_topk: 0.5}" : "")
+          """, file: "r.yml"), models: Array(models.prefix(isPair ? 2 : 4)))
+    // What fits the inputs alone does not fit the tiles and counters beside them.
+    for budget in [plan.tasks[0].inputByteCount, 16 << 20, 32 << 20] {
+      let memory = workers * budget
+      #expect(plan.cost(memory: memory, workers: workers).memory <= memory, "\(budget)")
+    }
+  }
+
+  private final class Sum: Sendable {
+    private let total = Mutex(0)
+
+    var value: Int { total.withLock { $0 } }
+    func add(_ number: Int) { total.withLock { $0 += number } }
+  }
+
+  /// Tensors that are never read.
+  private struct Headers: TensorSource {
+    let path: String
+    let manifest: Manifest
+
+    init(path: String, count: Int) throws {
+      self.path = path
+      manifest = Manifest([try TensorInfo(name: "weight", dtype: .bf16, shape: [count >> 8, 256])])
+    }
+
+    func read(_ tensor: TensorInfo, at offset: Int, into buffer: inout MutableRawSpan)
+      throws(CheckpointError)
+    {
+      preconditionFailure("a plan reads no data")
+    }
+  }
+
+  @Test(arguments: [1 << 20, 1 << 26])
+  func `progress tells of every byte that the plan counts`(memory: Int) throws {
+    let plan = try plan(
+      """
+      merge_method: ties
+      base_model: a
+      models: [{model: b}, {model: c}]
+      parameters: {weight: 1, density: 0.5}
+      """, ["b", "c", "a"].map { try model(3, path: $0) })
+    let done = Sum()
+    try plan.run(
+      into: MemorySink(plan.manifest.tensors), memory: memory, workers: 2
+    ) {
+      done.add($0.bytesRead + $0.bytesWritten)
+    } didObserve: { _, bytes in
+      done.add(bytes)
+    }
+    let cost = plan.cost(memory: memory, workers: 2)
+    #expect((cost.tensorsReadAgain > 0) == (memory == 1 << 20))
+    #expect(done.value == cost.bytesRead + cost.bytesWritten)
   }
 
   static let linear = """

@@ -62,6 +62,7 @@ struct CleanedMerge<Method: TensorMerge>: TensorMerge, TaskVectorCleaning {
   var grain: Int { max(method.grain, cleaning?.grain ?? 1) }
   var scratchRows: Int { method.scratchRows }
   var isReady: Bool { !isWaitingForTensor && method.isReady }
+  var observationBytes: Int { method.observationBytes }
   var observingPasses: Int { method.observingPasses + (isWaitingForTensor ? 1 : 0) }
 
   func makeObservation() -> Observation {

@@ -27,6 +27,8 @@ struct ArceeFusion: TensorMerge {
   var isReady: Bool { threshold != nil }
   var observingPasses: Int { isReady ? 0 : 2 }
 
+  var observationBytes: Int { OrderStatistics.counterBytes(ranks: ranks.count) }
+
   func makeObservation() -> Observation { statistics }
 
   func observe(

@@ -47,6 +47,10 @@ struct GramWeighted: TensorMerge {
     }
   }
 
+  var observationBytes: Int {
+    if case .column(let length) = group { 8 * length * triangle } else { 0 }
+  }
+
   func makeObservation() -> Observation {
     var observation = Observation(gram: GramMatrix(order: order))
     if case .column(let length) = group {

@@ -48,7 +48,7 @@ public struct MergeMethod: Sendable {
 }
 
 /// Something that a recipe can set for a method.
-public struct MethodParameter: Sendable {
+public struct MethodParameter: Sendable, Equatable {
   public enum Scope: Sendable {
     /// One value for the tensor.
     case shared
@@ -83,6 +83,9 @@ public struct MethodParameter: Sendable {
   static func optionalNumber(_ name: String, _ scope: Scope) -> Self {
     Self(name: name, scope: scope, kind: .number, fallback: .absent)
   }
+
+  /// In what type mergekit keeps its masks.
+  static let int8Mask = MethodParameter.flag("int8_mask", false)
 
   static func flag(_ name: String, _ value: Bool) -> Self {
     Self(name: name, scope: .shared, kind: .flag, fallback: .value(.flag(value)))

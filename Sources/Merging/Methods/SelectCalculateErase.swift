@@ -35,6 +35,8 @@ struct SelectCalculateErase: TensorMerge {
   var isReady: Bool { weights != nil }
   var observingPasses: Int { share < 1 ? 2 + RankBand.largestNumberOfPasses : 1 }
 
+  var observationBytes: Int { share < 1 ? RankBand.observationBytes : 0 }
+
   func makeObservation() -> Observation {
     var observation = Observation(squares: rows.map { _ in 0 })
     if case .band(let band) = selection { observation.band = band.makeObservation() }
@@ -112,6 +114,6 @@ extension MergeMethod {
   static let sce = MergeMethod(
     "sce", "base + Σ mᵢwᵢdᵢ / Σ mᵢwᵢ, wᵢ ~ mean dᵢ², of the elements that vary most",
     operand: .differences, base: .required,
-    parameters: [.number("select_topk", default: 1), .flag("int8_mask", false)]
+    parameters: [.number("select_topk", default: 1), .int8Mask]
   ) { try SelectCalculateErase($0) }
 }

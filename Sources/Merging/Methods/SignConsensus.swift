@@ -58,7 +58,7 @@ struct SignConsensus: TensorMerge {
     var parameters: [MethodParameter] = [
       .number("weight", .perModelButBase), .number("lambda", default: 1),
       .flag("normalize", preset.normalizes), .flag("rescale", preset.rescales),
-      .flag("int8_mask", false), .number("density", .perModelButBase, default: 1),
+      .int8Mask, .number("density", .perModelButBase, default: 1),
     ]
     if preset.sparsifier == .outliers {
       parameters.append(.number("gamma", .perModelButBase, default: 0.01))
@@ -177,6 +177,8 @@ struct SignConsensus: TensorMerge {
   var observingPasses: Int {
     (bandsAreKnown ? 0 : RankBand.largestNumberOfPasses) + (scales == nil ? 1 : 0)
   }
+
+  var observationBytes: Int { masks.count { !$0.isKnown } * RankBand.observationBytes }
 
   func makeObservation() -> Observation {
     Observation(

@@ -45,9 +45,10 @@ private func multiSlerpWeights(_ gram: GramMatrix, _ weights: [Double], eps: Dou
   let models = weights.indices
   guard models.count > 1 else { return [1] }
   let norms = models.map { gram[$0, $0].squareRoot() }
+  guard norms.contains(where: { $0 > 0 }) else { return models.map { _ in 0 } }
   let mean = models.map { weights[$0] / (norms[$0] + eps) }
   let length = gram.squaredNorm(of: mean).squareRoot()
-  // Opposite models have no mean direction; of two the straight line is left.
+  // Models that cancel out have no mean direction; of two the straight line is left.
   guard length >= eps else {
     return models.count == 2 ? weights : models.map { _ in .nan }
   }

@@ -18,7 +18,8 @@ public struct OrderStatistics: Sendable {
 
   private let ranks: [Int]
   private var found: [Statistic] = []
-  private var counts: [Int64]
+  /// Empty until something is observed: plans keep one of these for every tensor and model.
+  private var counts: [Int64] = []
   private var lowerBits: UInt32 = 0
   private var isInSecondPass = false
   /// Of the second pass: the upper halves that hold a rank, and what is smaller than all in them.
@@ -28,14 +29,19 @@ public struct OrderStatistics: Sendable {
   /// - Parameter ranks: Positions in ascending order of magnitude, from 0.
   public init(ranks: some Sequence<Int>) {
     self.ranks = ranks.sorted()
-    counts = Array(repeating: 0, count: 1 << 16)
   }
+
+  /// Bytes of the counters of a pass over so many ranks, at most.
+  static func counterBytes(ranks: Int) -> Int { 8 * max(1 << 16, ranks << 15) }
+
+  private var counterCount: Int { isInSecondPass ? wanted.count << 15 : 1 << 16 }
 
   /// Whether all ranks are known, and no (further) pass is needed.
   public var isComplete: Bool { found.count == ranks.count }
 
   /// Takes in some of the values of this pass.
   public mutating func observe(_ values: Span<Float>) {
+    if counts.isEmpty { counts = Array(repeating: 0, count: counterCount) }
     // Sound: the kernels read the span's elements; there is a counter for every pattern.
     values.withUnsafeBufferPointer { values in
       guard let start = values.baseAddress else { return }
@@ -49,7 +55,11 @@ public struct OrderStatistics: Sendable {
 
   /// Takes in what another observed of the same pass.
   public static func += (sum: inout Self, other: Self) {
-    precondition(sum.ranks == other.ranks && sum.counts.count == other.counts.count)
+    precondition(sum.ranks == other.ranks && sum.isInSecondPass == other.isInSecondPass)
+    guard !sum.counts.isEmpty, !other.counts.isEmpty else {
+      if sum.counts.isEmpty { sum = other }
+      return
+    }
     for index in sum.counts.indices { sum.counts[index] += other.counts[index] }
     sum.lowerBits |= other.lowerBits
   }
@@ -79,10 +89,11 @@ public struct OrderStatistics: Sendable {
       wanted.append(upper)
       smallerCounts.append(half.smallerCount)
     }
-    counts = Array(repeating: 0, count: wanted.count << 15)
+    counts = []
   }
 
   private mutating func finishSecondPass() {
+    precondition(!counts.isEmpty, "the passes differ")
     for (index, upper) in wanted.enumerated() {
       locate(
         in: counts[index << 15..<(index + 1) << 15], smallerCount: smallerCounts[index],

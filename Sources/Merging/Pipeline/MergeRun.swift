@@ -99,6 +99,8 @@ struct MergeRun: Sendable {
   var finished: Set<Chunk> = []
   /// Input tensors that are read for one output only, and may be forgotten then.
   var forgettable: Set<InputTensor> = []
+  /// Called after some bytes of a tensor's inputs have been looked at, and will be read again.
+  var didObserve: @Sendable (TensorInfo, _ bytes: Int) -> Void = { _, _ in }
   /// Called after a chunk has been written, from the worker's thread.
   var didFinish: @Sendable (FinishedChunk) throws -> Void = { _ in }
 
@@ -110,17 +112,18 @@ struct MergeRun: Sendable {
 
   func run() throws {
     let share = memory / max(1, workers)
+    let sizes = MergeWorkspace.Sizes(of: tasks, share: share)
     var together: [Int] = []
     var alone: [Item] = []
     for (index, task) in tasks.enumerated() {
       switch task.work {
       case .copy: alone += chunks(of: index).map { .chunk($0) }
-      case .merge(let merge, let inputs, _, _):
+      case .merge(let merge, _, _, _):
         if merge.isReady {
           alone += chunks(of: index).map { .chunk($0) }
         } else if chunks(of: index).isEmpty {
           continue
-        } else if inputs.reduce(0, { $0 + $1.tensor.byteCount }) <= share {
+        } else if sizes.holdsInputs(of: tasks[index]) {
           alone.append(.whole(index))
         } else {
           together.append(index)
@@ -202,8 +205,11 @@ struct MergeRun: Sendable {
   private func learnTogether<Merge: TensorMerge>(_ merge: Merge, _ index: Int) throws
     -> any TensorMerge
   {
+    let passes = merge.observingPasses
     var merge = merge
+    let task = tasks[index]
     let chunks = allChunks(of: index)
+    var pass = 0
     while !merge.isReady {
       let current = merge
       let total = OrderedTotal(merge.makeObservation())
@@ -211,10 +217,14 @@ struct MergeRun: Sendable {
         MergeWorkspace(for: [tasks[index]], share: memory / max(1, workers))
       } body: { step, workspace in
         let observation = try observe(current, chunks[step], in: &workspace)
+        didObserve(task.output, task.inputByteCount(of: chunks[step]))
         total.add(observation, number: step) { current.combine($0, into: &$1) }
       }
       merge.learn(total.value)
+      pass += 1
     }
+    // Passes that were planned for and not needed.
+    didObserve(task.output, max(0, passes - pass) * task.inputByteCount)
     return merge
   }
 
@@ -233,6 +243,7 @@ struct MergeRun: Sendable {
       let task = tasks[all[step].task]
       let gram = TaskVectorGram(experts: task.tileRows.input - 1, grain: task.grain)
       found[step] = try reading.observe(gram, all[step], in: &workspace)
+      didObserve(task.output, task.inputByteCount(of: all[step]))
     }
     return zip(indices, fold(found.all, chunks.map { $0.count }) { $0 += $1 }).map {
       $1 ?? GramMatrix(order: tasks[$0].tileRows.input - 1)
@@ -278,7 +289,7 @@ struct MergeRun: Sendable {
     _ merge: Merge, to chunk: Chunk, in workspace: inout MergeWorkspace
   ) throws {
     let task = tasks[chunk.task]
-    guard case .merge(_, let inputs, let differences, _) = task.work else { return }
+    guard case .merge(_, _, let differences, _) = task.work else { return }
     let width = task.output.dtype.bitWidth / 8
     var notFinite = 0
     var written = chunk.elements.lowerBound
@@ -304,9 +315,7 @@ struct MergeRun: Sendable {
     try didFinish(
       FinishedChunk(
         chunk: chunk, tensor: task.output,
-        bytesRead: inputs.reduce(0) {
-          $0 + chunk.elements.count * $1.tensor.dtype.bitWidth / 8
-        },
+        bytesRead: task.inputByteCount(of: chunk),
         bytesWritten: chunk.elements.count * width, notFinite: notFinite))
   }
 
@@ -406,6 +415,13 @@ extension TensorTask {
     return (inputs.count, 1 + merge.scratchRows)
   }
 
+  var inputByteCount: Int { inputs.reduce(0) { $0 + $1.tensor.byteCount } }
+
+  /// Bytes of the inputs that one of the task's chunks is made of.
+  func inputByteCount(of chunk: Chunk) -> Int {
+    inputs.reduce(0) { $0 + chunk.elements.count * $1.tensor.dtype.bitWidth / 8 }
+  }
+
   /// The least memory a worker needs for this task: its tiles and one tile of every input.
   var leastMemory: Int {
     guard case .merge(_, let inputs, _, _) = work else { return 0 }
@@ -438,17 +454,22 @@ struct MergeWorkspace: ~Copyable {
     var columns = 1
     var (inputRows, outputRows) = (1, 1)
     var (arena, encoded) = (4 << 10, 8)
+    /// What a worker sees of a chunk, and its sum over the chunks.
+    var observations = 0
+    /// What is left for inputs that are kept.
+    private var room = 0
 
     init(of tasks: [TensorTask], share: Int) {
       for task in tasks {
-        guard case .merge(_, let inputs, _, _) = task.work else { continue }
+        guard case .merge(let merge, let inputs, _, _) = task.work else { continue }
+        if !merge.isReady { observations = max(observations, 2 * merge.observationBytes) }
         columns = max(columns, min(Tile.width(grain: task.grain), max(1, task.output.elementCount)))
         inputRows = max(inputRows, inputs.count)
         outputRows = max(outputRows, task.tileRows.output)
       }
-      let left = max(0, share - 4 * columns * (inputRows + outputRows))
+      let left = max(0, share - observations - 4 * columns * (inputRows + outputRows))
       for task in tasks {
-        guard case .merge(let merge, let inputs, _, _) = task.work else {
+        guard case .merge(_, let inputs, _, _) = task.work else {
           arena = max(arena, min(4 << 20, left, task.output.byteCount))
           continue
         }
@@ -458,12 +479,21 @@ struct MergeWorkspace: ~Copyable {
         let window = min(left / (stored + result), MergeRun.windowSize, task.output.elementCount)
         encoded = max(encoded, max(window, width) * result)
         arena = max(arena, max(window, width) * stored)
-        let all = inputs.reduce(0) { $0 + $1.tensor.byteCount }
-        if !merge.isReady, all <= share { arena = max(arena, all) }
       }
+      room = left - encoded
+      for task in tasks where holdsInputs(of: task) { arena = max(arena, task.inputByteCount) }
     }
 
-    var byteCount: Int { arena + encoded + 4 * columns * (inputRows + outputRows) }
+    /// Whether a worker keeps all inputs of the task, because they are looked at more than once
+    /// and fit.
+    func holdsInputs(of task: TensorTask) -> Bool {
+      guard case .merge(let merge, _, _, _) = task.work else { return false }
+      return !merge.isReady && task.inputByteCount <= room
+    }
+
+    var byteCount: Int {
+      arena + encoded + observations + 4 * columns * (inputRows + outputRows)
+    }
   }
 }
 

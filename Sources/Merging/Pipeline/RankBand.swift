@@ -43,6 +43,7 @@ struct RankBand: Sendable {
   }
 
   static let largestNumberOfPasses = 3
+  static let observationBytes = OrderStatistics.counterBytes(ranks: 2)
 
   var isKnown: Bool {
     if kept.isEmpty { return true }

@@ -19,6 +19,8 @@ public protocol TensorMerge: Sendable {
   var isReady: Bool { get }
   /// The largest number of observing passes.
   var observingPasses: Int { get }
+  /// Bytes of an observation, about, if that is more than a few.
+  var observationBytes: Int { get }
   /// The rows' weights, if the result is their weighted sum and nothing else.
   var linearWeights: [Float]? { get }
 
@@ -37,6 +39,7 @@ public protocol TensorMerge: Sendable {
 extension TensorMerge {
   public var grain: Int { 1 }
   public var scratchRows: Int { 0 }
+  public var observationBytes: Int { 0 }
   public var linearWeights: [Float]? { nil }
   public var observingPasses: Int { isReady ? 0 : 1 }
 }

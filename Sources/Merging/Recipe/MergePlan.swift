@@ -266,7 +266,7 @@ private struct Planner {
       baseRow: ordered.firstIndex { $0.row.isBase })
     setting.randomness = randomness
     for parameter in method.parameters {
-      try set(parameter, &setting, own.map { $0.row }, slice, t)
+      try set(parameter, &setting, own, slice, t)
     }
     if method.name == "passthrough", setting.perModel["scale"] == nil {
       return try planCopyOrCast(ordered[0].tensor, output, from: ordered[0].row.model)
@@ -277,12 +277,13 @@ private struct Planner {
   }
 
   private func set(
-    _ parameter: MethodParameter, _ setting: inout TensorSetting, _ rows: [Row],
+    _ parameter: MethodParameter, _ setting: inout TensorSetting,
+    _ rows: [(row: Row, tensor: TensorInfo)],
     _ slice: Recipe.Slice, _ t: Double
   ) throws {
     let tensor = setting.name
-    func value(_ scopes: [Parameters]) -> ParameterValue? {
-      scopes.lazy.compactMap { $0.value(parameter.name, for: tensor, t: t) }.first
+    func value(_ scopes: [Parameters], for name: String) -> ParameterValue? {
+      scopes.lazy.compactMap { $0.value(parameter.name, for: name, t: t) }.first
     }
     func fallback(_ row: Row?) throws -> ParameterValue? {
       switch parameter.fallback {
@@ -300,13 +301,14 @@ private struct Planner {
     let common = [slice.parameters, recipe.parameters]
     switch parameter.scope {
     case .shared:
-      // mergekit lets a model's own parameters count here too.
-      setting.shared[parameter.name] = try value(common) ?? fallback(nil)
+      setting.shared[parameter.name] = try value(common, for: tensor) ?? fallback(nil)
     case .perModel, .perModelButBase:
       var values: [ParameterValue] = []
-      for row in rows {
-        // The base's weight is asked for but not used where differences to it are zero.
-        if let value = try value([row.parameters] + common) ?? fallback(row) {
+      for (row, input) in rows {
+        // Filters look at the layer's number in the model, which slices change; a head that an
+        // embedding stands in for keeps its name.
+        let name = LayerName(input.name) == nil ? tensor : input.name
+        if let value = try value([row.parameters] + common, for: name) ?? fallback(row) {
           values.append(value)
         }
       }
@@ -562,21 +564,22 @@ extension MergePlan {
   public func cost(memory: Int, workers: Int) -> Cost {
     var cost = Cost()
     let share = memory / max(1, workers)
+    let sizes = MergeWorkspace.Sizes(of: tasks, share: share)
     for task in tasks {
       cost.bytesWritten += task.output.byteCount
-      cost.bytesMerged += task.inputs.reduce(0) { $0 + $1.tensor.byteCount }
+      cost.bytesMerged += task.inputByteCount
       switch task.work {
       case .copy(let place): cost.bytesRead += place.tensor.byteCount
-      case .merge(let merge, let inputs, _, _):
-        let bytes = inputs.reduce(0) { $0 + $1.tensor.byteCount }
-        let isReadAgain = !merge.isReady && bytes > share
+      case .merge(let merge, _, _, _):
+        let bytes = task.inputByteCount
+        let isReadAgain = !merge.isReady && !sizes.holdsInputs(of: task)
         cost.passes = max(cost.passes, task.passes)
         cost.tensorsReadAgain += isReadAgain || task.isReadForItsGroup ? 1 : 0
         cost.bytesRead += bytes * (isReadAgain ? 1 + merge.observingPasses : 1)
         cost.bytesRead += task.isReadForItsGroup ? bytes : 0
       }
     }
-    cost.memory = workers * MergeWorkspace.Sizes(of: tasks, share: share).byteCount
+    cost.memory = workers * sizes.byteCount
     return cost
   }
 }
@@ -588,12 +591,15 @@ extension MergePlan {
   /// - Parameters:
   ///   - finished: chunks that are in the sink already.
   ///   - keepsCache: whether the page cache shall keep what is read of files that were not in it.
+  ///   - didObserve: told of bytes that were read and will be again; with those that `didFinish` is
+  ///     told of they come to the cost's.
   /// - Returns: what the cleaning of task vectors came to.
   @discardableResult
   public func run(
     into sink: any TensorSink, memory: Int, workers: Int, journal: MergeJournal? = nil,
     finished: Set<Chunk> = [], keepsCache: Bool = false,
-    didFinish: @escaping @Sendable (FinishedChunk) throws -> Void = { _ in }
+    didFinish: @escaping @Sendable (FinishedChunk) throws -> Void = { _ in },
+    didObserve: @escaping @Sendable (TensorInfo, _ bytes: Int) -> Void = { _, _ in }
   ) throws -> DisentanglementSummary? {
     try check(memory: memory, workers: workers)
     var run = MergeRun(
@@ -601,7 +607,7 @@ extension MergePlan {
       tasks: tasks, memory: memory, workers: workers, finished: finished,
       // What is cleaned is read again for its Gram matrix.
       forgettable: keepsCache || cleaning != nil ? [] : tensorsReadForOneOutput,
-      didFinish: didFinish)
+      didObserve: didObserve, didFinish: didFinish)
     guard let cleaning, cleaning.tensorCount > 0 else {
       try run.run()
       return nil

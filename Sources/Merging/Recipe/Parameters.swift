@@ -53,20 +53,34 @@ extension Sequence<UInt8> {
 }
 
 extension RecipeReader {
-  func parameters(_ node: RecipeNode, of method: MergeMethod) throws(RecipeError) -> Parameters {
+  /// - Parameter isOfModel: whether they stand under one model.
+  func parameters(_ node: RecipeNode, of method: MergeMethod, isOfModel: Bool = false)
+    throws(RecipeError) -> Parameters
+  {
     var result = Parameters()
     for (key, line, value) in try pairs(node, "parameters") {
       let known = method.parameters.map { $0.name }
-      guard let parameter = method.parameters.first(where: { $0.name == key }) else {
+      guard let parameter = RecipeReader.parameter(key, of: method) else {
         throw RecipeError(
           file: file, line: line, problem: "\(method.name) has no parameter \(quoted(key))",
           remedy: nearest(key, among: known).map { "did you mean \($0)?" }
             ?? (known.isEmpty ? "it takes none" : "it takes \(known.joined(separator: ", "))"))
       }
       if case .null = value.content { continue }
+      guard !isOfModel || parameter.scope != .shared || parameter == .int8Mask else {
+        throw RecipeError(
+          file: file, line: line,
+          problem: "\(key) is one for all models and stands under a single one",
+          remedy: "move it to the parameters of the recipe or of the slice")
+      }
       result.settings[key] = try settings(value, parameter)
     }
     return result
+  }
+
+  /// Recipes set `int8_mask` for any method; it has no effect on a result.
+  private static func parameter(_ name: String, of method: MergeMethod) -> MethodParameter? {
+    (method.parameters + [.int8Mask]).first { $0.name == name }
   }
 
   private func settings(_ node: RecipeNode, _ parameter: MethodParameter) throws(RecipeError)

@@ -188,8 +188,9 @@ extension RecipeReader {
     }
     return Recipe.Source(
       model: try model(modelNode), layers: layers,
-      parameters: try keys["parameters"].map { try parameters($0, of: method) } ?? Parameters(),
-      line: node.line)
+      parameters: try keys["parameters"].map {
+        try parameters($0, of: method, isOfModel: true)
+      } ?? Parameters(), line: node.line)
   }
 
   fileprivate func slice(_ node: RecipeNode, of method: MergeMethod) throws -> Recipe.Slice {
