@@ -6,6 +6,7 @@ let package = Package(
   products: [
     .executable(name: "smelt", targets: ["smelt"]),
     .library(name: "Smelt", targets: ["Checkpoints", "Merging"]),
+    .library(name: "Checkpoints", targets: ["Checkpoints"]),
   ],
   dependencies: [
     .package(url: "https://github.com/apple/swift-argument-parser", from: "1.8.2"),

@@ -9,7 +9,7 @@ let package = Package(
   targets: ["FuzzHeader", "FuzzPickle", "FuzzInventory", "FuzzBundle", "FuzzArchive"].map {
     .executableTarget(
       name: $0,
-      dependencies: [.product(name: "Smelt", package: "Smelt")],
+      dependencies: [.product(name: "Checkpoints", package: "Smelt")],
       swiftSettings: [.unsafeFlags(["-parse-as-library"])])
   }
 )

@@ -85,6 +85,23 @@ private func u8(_ name: String, _ begin: Int, _ end: Int, count: Int? = nil) -> 
       "FILE: is not a safetensors file: it looks like an HTML page; the download got a web page instead of the file"
     ),
     .init(
+      "a zip archive", bytes: Array("PK\u{3}\u{4}".utf8) + length(3),
+      "FILE: is not a safetensors file: it looks like a zip archive"),
+    .init(
+      "a pickle", bytes: [0x80, 2] + Array("}q\0X\u{3}\0\0\0abc".utf8),
+      "FILE: is not a safetensors file: it looks like a Python pickle"),
+    .init(
+      "a PyTorch file without zip",
+      bytes: [0x80, 2, 0x8A, 10, 0x6C, 0xFC, 0x9C, 0x46, 0xF9, 0x20, 0x6A, 0xA8, 0x50, 0x19, 0x2E],
+      "FILE: is not a safetensors file: it looks like a PyTorch file of before 1.6; in Python: safetensors.torch.save_file(torch.load(FILE, weights_only=True), NEW_FILE)"
+    ),
+    .init(
+      "an HDF5 file", bytes: [0x89] + Array("HDF\r\n\u{1A}\n".utf8) + length(0),
+      "FILE: is not a safetensors file: it looks like an HDF5 file"),
+    .init(
+      "a zstd file", bytes: [0x28, 0xB5, 0x2F, 0xFD] + length(3),
+      "FILE: is not a safetensors file: it looks like a zstd file"),
+    .init(
       "a GGUF file", bytes: Array("GGUF".utf8) + length(3),
       "FILE: is not a safetensors file: it looks like a GGUF file"),
     .init(
@@ -347,6 +364,12 @@ private func u8(_ name: String, _ begin: Int, _ end: Int, count: Int? = nil) -> 
       #"FILE: __metadata__ has a value for "k" that is not a string"#),
     .init(
       "nested __metadata__", #"{"__metadata__":{"k":{"l":"m"}}}"#,
+      #"FILE: __metadata__ has a value for "k" that is not a string"#),
+    .init(
+      "an array in __metadata__", #"{"__metadata__":{"k":["l"]}}"#,
+      #"FILE: __metadata__ has a value for "k" that is not a string"#),
+    .init(
+      "null in __metadata__", #"{"__metadata__":{"k":null}}"#,
       #"FILE: __metadata__ has a value for "k" that is not a string"#),
     .init(
       "an array as __metadata__", #"{"__metadata__":[]}"#,

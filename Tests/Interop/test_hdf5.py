@@ -375,6 +375,28 @@ class Foreign(Folder):
             ),
         )
 
+    def test_datasets_of_thousands_of_chunks(self):
+        # The first two are listed by a B-tree of version 1, in headers of version 1 and 2; the
+        # last by another index. 30,000 chunks make trees three levels high.
+        array = np.random.default_rng(5).integers(0, 1 << 16, (501, 249), np.uint16)
+        for version in (("earliest", "v108"), ("v108", "v108"), ("v110", "v110")):
+            path = self.folder / f"{version[0]}.h5"
+            with h5py.File(path, "w", libver=version) as file:
+                side = 8 if version[0] == "v110" else 2
+                file.create_dataset("w", data=array, chunks=(side, side), compression="gzip")
+                file.create_dataset("columns", data=array, chunks=(501, 1))
+                small = array[:100, :100]
+                file.create_dataset("cells", data=small, chunks=(2, 2), maxshape=(None, None))
+                part = file.create_dataset("part", (4000,), "i4", chunks=(2,), fillvalue=9)
+                part[500:3000] = np.arange(2500)
+                for number in range(40):  # The header is continued elsewhere.
+                    part.attrs[f"note {number}"] = "x" * 100
+                expected = {name: node[...] for name, node in file.items()}
+            found = self.read_back(path)
+            self.assertEqual(set(found), set(expected))
+            for name, wanted in expected.items():
+                np.testing.assert_array_equal(found[name], wanted, f"{name} of {version}")
+
     def test_narrow_chunks_of_a_tall_matrix(self):
         path = self.folder / "a.h5"
         array = np.random.default_rng(3).integers(0, 1 << 16, (60_000, 300), np.uint16)

@@ -109,13 +109,15 @@ final class FlatSink: TensorSink {
   func complete() throws(CheckpointError) {
     guard !isComplete.load(ordering: .relaxed) else { return }
     precondition(remaining.load(ordering: .relaxed) == 0, "a tensor was not wholly written")
-    if let recorder {
-      let checksums = try recorder.finish {
-        (tensor, offset, buffer) throws(CheckpointError) in
-        try file.read(at: offsets[manifest.position(of: tensor.name)!] + offset, into: &buffer)
+    do throws(CheckpointError) {
+      if let recorder {
+        let checksums = try recorder.finish {
+          (tensor, offset, buffer) throws(CheckpointError) in
+          try file.read(at: offsets[manifest.position(of: tensor.name)!] + offset, into: &buffer)
+        }
+        try seal(file, checksums)
       }
-      try seal(file, checksums)
-    }
+    } catch { throw error.moved(to: pending.destination) }
     try pending.complete()
     try pending.prove(manifest, opening: open)
     isComplete.store(true, ordering: .relaxed)

@@ -48,7 +48,7 @@ final class PendingFolder: Sendable {
   }
 
   func commit() throws(CheckpointError) {
-    try syncFolder(temporaryPath)
+    do { try syncFolder(temporaryPath) } catch { throw error.moved(to: destination) }
     var status = stat()
     if isReplacing, stat(destination, &status) == 0 {
       // The old and the new folder change names at once; then the old one goes.

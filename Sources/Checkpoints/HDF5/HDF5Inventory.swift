@@ -62,6 +62,9 @@ extension HDF5.Inventory {
 /// Walks through an open file.
 private struct HDF5Reader: ~Copyable {
   private let file: HDF5Handle
+  private let path: String
+  /// Whether addresses and lengths in the file have 8 bytes, as they mostly do.
+  private let hasWideAddresses: Bool
   private let attributes: HDF5Attributes
   private var visits: [haddr_t: Int] = [:]
   /// The groups on the way to the one that is read.
@@ -72,6 +75,8 @@ private struct HDF5Reader: ~Copyable {
   private static let deepest = 200
   /// More often than anyone links to a group; seldom enough that links cannot multiply.
   private static let mostVisits = 16
+  /// The library lists fewer than this in no time.
+  private static let manyChunks = 1000
 
   init(_ path: String) throws(HDF5Failure) {
     let access = try HDF5Handle(H5Pcreate(smelt_h5_file_access()))
@@ -86,8 +91,12 @@ private struct HDF5Reader: ~Copyable {
         "is HDF5 behind a user block of \(block) bytes, which Smelt does not read",
         remedy: "take the block off with 'h5unjam --delete -i FILE -o NEW.h5'")
     }
+    var (addressSize, lengthSize) = (0, 0)
+    try HDF5Library.check(H5Pget_sizes(creation.id, &addressSize, &lengthSize))
     self.attributes = try HDF5Attributes()
     self.file = file
+    self.path = path
+    hasWideAddresses = addressSize == 8 && lengthSize == 8
   }
 
   mutating func readAll() throws(HDF5Failure) {
@@ -319,14 +328,10 @@ private struct HDF5Reader: ~Copyable {
     var stored: hsize_t = 0
     try HDF5Library.check(H5Dget_num_chunks(dataset.id, space.id, &stored))
     var chunks: [HDF5.Chunk] = []
-    var start = extent
-    for index in 0..<stored {
-      var mask: UInt32 = 0
-      var address: haddr_t = 0
-      var size: hsize_t = 0
-      try HDF5Library.check(
-        H5Dget_chunk_info(dataset.id, space.id, index, &start, &mask, &address, &size))
-      let cell = zip(start, extent).map { Int(clamping: $0 / $1) }
+    func add(_ start: [UInt64], _ mask: UInt32, _ address: UInt64, _ size: UInt64)
+      throws(HDF5Failure)
+    {
+      let cell = zip(start, lengths).map { Int(clamping: $0) / $1 }
       guard zip(cell, counts).allSatisfy({ $0 < $1 }), let offset = Int(exactly: address),
         let byteCount = Int(exactly: size)
       else { throw HDF5Failure("has a chunk outside its shape") }
@@ -335,8 +340,34 @@ private struct HDF5Reader: ~Copyable {
       chunks.append(
         HDF5.Chunk(number: number, offset: offset, byteCount: byteCount, skippedFilters: mask))
     }
+    if let index = try index(of: dataset, rank: dimensions.count, count: Int(clamping: stored)) {
+      for entry in index.entries {
+        try add(entry.start, entry.skippedFilters, entry.address, entry.byteCount)
+      }
+    } else {
+      var start = extent
+      for number in 0..<stored {
+        var mask: UInt32 = 0
+        var address: haddr_t = 0
+        var size: hsize_t = 0
+        try HDF5Library.check(
+          H5Dget_chunk_info(dataset.id, space.id, number, &start, &mask, &address, &size))
+        try add(start.map { UInt64($0) }, mask, UInt64(address), UInt64(size))
+      }
+    }
     chunks.sort { $0.number < $1.number }
     return .chunked(dimensions: lengths, filters: try filters(creation), chunks: chunks)
+  }
+
+  /// The chunks as the file lists them, where there are so many that asking the library for each
+  /// takes long and the list is of the usual kind.
+  private func index(of dataset: borrowing HDF5Handle, rank: Int, count: Int) throws(HDF5Failure)
+    -> HDF5.ChunkIndex?
+  {
+    guard count >= HDF5Reader.manyChunks, hasWideAddresses else { return nil }
+    var address: haddr_t = 0
+    try HDF5Library.check(smelt_h5_address(dataset.id, &address))
+    return HDF5.ChunkIndex(of: UInt64(address), rank: rank, count: count, in: path)
   }
 
   private func filters(_ creation: borrowing HDF5Handle) throws(HDF5Failure) -> [HDF5.Filter] {

@@ -71,6 +71,8 @@ struct HDF5Writer: ~Copyable {
           $0.baseAddress)
       }
       try HDF5Library.check(result)
+      // Small datasets are written when they are closed.
+      try dataset.close()
     }
     guard let checksums, !manifest.tensors.isEmpty else { return nil }
     let path = "\(HDF5.metadataGroup)/\(HDF5.checksumsDataset)"

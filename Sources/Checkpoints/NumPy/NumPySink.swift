@@ -54,6 +54,14 @@ final class NumPySink: TensorSink {
   func complete() throws(CheckpointError) {
     guard !isComplete.load(ordering: .relaxed) else { return }
     precondition(remaining.load(ordering: .relaxed) == 0, "a tensor was not wholly written")
+    do { try writeHeaders() } catch { throw error.moved(to: pending.destination) }
+    try pending.complete()
+    try pending.prove(manifest) { (path) throws(CheckpointError) in try NumPy.open(path) }
+    isComplete.store(true, ordering: .relaxed)
+  }
+
+  /// Writes what stands before every array, now that its checksum is known, and the directory.
+  private func writeHeaders() throws(CheckpointError) {
     var directory: [UInt8] = []
     let pieces = pieces.withLock { $0 }
     let header = HeaderPieces(manifest, path: pending.destination)
@@ -69,9 +77,6 @@ final class NumPySink: TensorSink {
     }
     directory += ZipMember.end(count: members.count, directory.count, at: directoryOffset)
     try file.write(directory.span.bytes, at: directoryOffset)
-    try pending.complete()
-    try pending.prove(manifest) { (path) throws(CheckpointError) in try NumPy.open(path) }
-    isComplete.store(true, ordering: .relaxed)
   }
 
   func finish() throws(CheckpointError) {
