@@ -2,9 +2,12 @@
 
     .venv/bin/python Benchmarks/agreement.py --mergekit .venv-mergekit/bin/mergekit-yaml [FOLDER]
 
-Makes F32 models (80 MB each unless --gigabytes says more) in FOLDER, merges them in F32 by both, and
-exits with 1 where they differ by more than the arithmetic explains. DELLA is left out: its draws are not
-mergekit's. Nor is there an agreement on Arcee Fusion where mergekit samples its quantiles, in tensors
+Makes F32 models (80 MB each unless --gigabytes says more) in FOLDER, merges them by both, and exits with
+1 where they differ by more than the arithmetic explains. mergekit computes in F32 where the results
+should be the same bits, and in F64 for methods that sum over whole tensors: its F32 sums of millions of
+squares are less exact than what is compared. DELLA is left out: its draws are not
+mergekit's. Of equal magnitudes at the threshold TIES and breadcrumbs keep the first, mergekit any: the
+share of differing elements is shown. Nor is there an agreement on Arcee Fusion where mergekit samples its quantiles, in tensors
 of more than a million elements: their share of differing elements is shown. dare_* run with --rng mergekit.
 """
 
@@ -30,10 +33,10 @@ RECIPES = {
     "linear, filters": ("linear", None, (0, 1, 2), FILTERS, 0),
     "linear, sum": ("linear", 0, (0, 1, 2), "weight: 0.3, normalize: false", 0),
     "task_arithmetic": ("task_arithmetic", 0, (1, 2, 3), WEIGHTS + ", lambda: 0.9", 0),
-    "ties": ("ties", 0, (1, 2, 3), SPARSE, 0),
-    "ties, int8_mask": ("ties", 0, (1, 2, 3), SPARSE + ", int8_mask: true, normalize: false", 0),
-    "breadcrumbs": ("breadcrumbs", 0, (1, 2, 3), SPARSE + ", gamma: 0.05", 0),
-    "breadcrumbs_ties": ("breadcrumbs_ties", 0, (1, 2, 3), SPARSE + ", gamma: 0.05", 0),
+    "ties": ("ties", 0, (1, 2, 3), SPARSE, None),
+    "ties, int8_mask": ("ties", 0, (1, 2, 3), SPARSE + ", int8_mask: true, normalize: false", None),
+    "breadcrumbs": ("breadcrumbs", 0, (1, 2, 3), SPARSE + ", gamma: 0.05", None),
+    "breadcrumbs_ties": ("breadcrumbs_ties", 0, (1, 2, 3), SPARSE + ", gamma: 0.05", None),
     "dare_linear": ("dare_linear", 0, (1, 2, 3), SPARSE, 6e-8),
     "dare_ties": ("dare_ties", 0, (1, 2, 3), SPARSE, 6e-8),
     "slerp": ("slerp", 0, (0, 1), "t: [{filter: mlp, value: [0, 1]}, {value: 0.4}]", 6e-8),
@@ -53,8 +56,8 @@ RECIPES = {
 }
 
 
-def write_recipe(path, folder, method, base, models, parameters):
-    lines = [f"merge_method: {method}", "dtype: float32", f"parameters: {{{parameters}}}", "models:"]
+def write_recipe(path, dtype, folder, method, base, models, parameters):
+    lines = [f"merge_method: {method}", f"dtype: {dtype}", "out_dtype: float32", f"parameters: {{{parameters}}}", "models:"]
     lines += [f"  - model: {folder}/model{model}" for model in models]
     if base is not None:
         lines.append(f"base_model: {folder}/model{base}")
@@ -101,8 +104,10 @@ def main():
         path, ours, theirs = folder / "recipe.yml", folder / "ours", folder / "theirs"
         for output in (ours, theirs):
             shutil.rmtree(output, ignore_errors=True)
-        write_recipe(path, folder, *recipe)
+        write_recipe(path, "float32", folder, *recipe)
         run(SMELT, "merge", "--quiet", "--rng", "mergekit", "--seed", SEED, path, ours)
+        if allowed and not name.startswith("dare"):
+            write_recipe(path, "float64", folder, *recipe)
         run(options.mergekit, path, theirs, "--random-seed", SEED)
         largest, worst, share = differences(
             ours / "model.safetensors", next(theirs.glob("*.safetensors"))

@@ -184,7 +184,7 @@ var temporaryFolder: String { getenv("TMPDIR").map { String(cString: $0) } ?? "/
 public func isSameFile(_ one: String, _ other: String) throws(CheckpointError) -> Bool {
   var statuses = [stat(), stat()]
   for (index, path) in [one, other].enumerated() where stat(path, &statuses[index]) != 0 {
-    guard errno == ENOENT else { throw .system(path, "cannot be examined") }
+    guard errno == ENOENT || errno == ENOTDIR else { throw .system(path, "cannot be examined") }
     return false
   }
   return statuses[0].st_dev == statuses[1].st_dev && statuses[0].st_ino == statuses[1].st_ino
