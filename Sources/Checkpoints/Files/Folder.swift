@@ -1,4 +1,5 @@
 import CLinux
+import Dispatch
 import Glibc
 import Synchronization
 
@@ -43,6 +44,8 @@ final class PendingFolder: Sendable {
         file: path, "is being written already", remedy: "give each output its own name")
     }
     removeFolder(temporaryPath)
+    Unfinished.creation.wait()
+    defer { Unfinished.creation.signal() }
     guard mkdir(temporaryPath, 0o755) == 0 else { throw .system(path, "cannot be created") }
     Unfinished.add(temporaryPath)
   }

@@ -28,6 +28,9 @@ final class PendingFile: Sendable {
       throw CheckpointError(
         file: destination, "is being written already", remedy: "give each output its own name")
     }
+    // Between being made and being on the list of what is to be removed, it could be left behind.
+    Unfinished.creation.wait()
+    defer { Unfinished.creation.signal() }
     // Made here so that the name is ours (O_EXCL) before anyone is told of it.
     unlink(temporaryPath)
     do { _ = try File(creating: temporaryPath) } catch {
@@ -112,8 +115,8 @@ enum Unfinished {
   static func add(_ path: String) { paths.withLock { _ = $0.insert(path) } }
   static func remove(_ path: String) { paths.withLock { _ = $0.remove(path) } }
 
-  /// Held while libhdf5 creates a file anew that is already on the list: between its being
-  /// removed and the end of the process it must not come back.
+  /// Held while something is created and put on the list, or created anew by libhdf5: it must not
+  /// be missed, nor come back between its being removed and the end of the process.
   static let creation = DispatchSemaphore(value: 1)
 
   /// Removes every file that is still being written; for a command that was told to stop.
