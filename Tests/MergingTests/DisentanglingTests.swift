@@ -386,7 +386,8 @@ struct DisentanglingTests {
 
   @Test func `a penalty above the threshold is said to clean nothing`() throws {
     let outcome = try disentangle(family(), Cleaning("awd-model,penalty=5"))
-    #expect(outcome.summary.warnings.first!.hasPrefix("nothing was cleaned: the penalty 5 is at"))
+    #expect(
+      outcome.summary.warnings.first!.hasPrefix("there is nothing to gain: the penalty 5 is at"))
   }
 
   @Test func `weights that are not numbers are refused by tensor, or left as they are in rows`()

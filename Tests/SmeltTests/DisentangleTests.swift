@@ -156,7 +156,7 @@ struct DisentangleTests {
     let result = try smelt(
       ["disentangle"] + Self.family + ["-o", folder("x.h5"), "--clean", "awd-model,penalty=9"])
     #expect(result.code == 0)
-    #expect(result.errors.contains("smelt: nothing was cleaned: the penalty 9 is at or above"))
+    #expect(result.errors.contains("smelt: there is nothing to gain: the penalty 9 is at or above"))
   }
 
   @Test func `a descent that overshoots is said`() throws {

@@ -106,7 +106,7 @@ struct MergeCommandTests {
       """)
     let idle = try smelt("merge", none, folder("other"))
     #expect(idle.code == 0)
-    #expect(idle.errors.contains("smelt: nothing was cleaned: the penalty 99 is at or above"))
+    #expect(idle.errors.contains("smelt: there is nothing to gain: the penalty 99 is at or above"))
   }
 
   @Test func `slices change the number of layers in the configuration and nothing else`() throws {

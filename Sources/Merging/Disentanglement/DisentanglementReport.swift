@@ -13,6 +13,8 @@ public struct DisentanglementReport: Sendable, Equatable {
   private var highestThreshold = 0.0
   /// How many groups have a penalty at or above their threshold: nothing is cleaned there.
   public private(set) var idleGroups = 0
+  /// How many groups are less orthogonal after cleaning than before: a descent overshot there.
+  public private(set) var overshotGroups = 0
   /// In how many groups each task keeps less than 0.7 of its norm.
   public private(set) var depletedGroups: [Int]
   /// Groups that were left as they are because their weights are not all numbers.
@@ -43,6 +45,7 @@ public struct DisentanglementReport: Sendable, Equatable {
     after += cleaned
     cosineBefore += gram.meanAbsoluteCosine
     cosineAfter += cleaned.meanAbsoluteCosine
+    if cleaned.meanAbsoluteCosine > gram.meanAbsoluteCosine { overshotGroups += 1 }
     self.squaredRedundantNorm += squaredRedundantNorm
     // Groups that have nothing in common, or nothing at all, have no slope to stay idle on.
     if threshold > 0 {
@@ -94,6 +97,7 @@ public struct DisentanglementReport: Sendable, Equatable {
     sum.lowestThreshold = min(sum.lowestThreshold, other.lowestThreshold)
     sum.highestThreshold = max(sum.highestThreshold, other.highestThreshold)
     sum.idleGroups += other.idleGroups
+    sum.overshotGroups += other.overshotGroups
     for task in sum.depletedGroups.indices {
       sum.depletedGroups[task] += other.depletedGroups[task]
     }

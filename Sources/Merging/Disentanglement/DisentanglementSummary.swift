@@ -87,6 +87,12 @@ extension DisentanglementSummary {
       threshold.lowerBound == threshold.upperBound
       ? short(threshold.upperBound)
       : "\(short(threshold.lowerBound)) to \(short(threshold.upperBound))"
+    guard whole.relativeRedundancy < 1e-9 else {
+      let place =
+        whole.idleGroups == whole.groups ? "" : " in \(whole.idleGroups) of \(whole.groups) \(noun)"
+      return
+        "there is nothing to gain\(place): the penalty \(short(cleaning.method.penalty.coefficient)) is at or above the threshold where the best redundant vector is 0 (here \(range)), and a descent only swings around it; lower the penalty"
+    }
     return
       "\(share): the penalty \(short(cleaning.method.penalty.coefficient)) is at or above the threshold where the redundant vector stays 0 (here \(range)); lower the penalty"
   }
@@ -100,6 +106,10 @@ extension DisentanglementSummary {
     guard whole.meanCosineAfter <= whole.meanCosineBefore else {
       return
         "the descent overshot: the mean |cos| rose from \(fixed(whole.meanCosineBefore)) to \(fixed(whole.meanCosineAfter)); lower the rate, or use optimizer=converged"
+    }
+    if whole.overshotGroups * 4 > whole.groups, case .descent = cleaning.method.optimizer {
+      return
+        "the descent overshot in \(whole.overshotGroups) of \(whole.groups) \(noun), whose mean |cos| rose; lower the rate, or use optimizer=converged"
     }
     return
       "little was cleaned: the mean |cos| went from \(fixed(whole.meanCosineBefore)) to \(fixed(whole.meanCosineAfter)); raise the rate or the iterations, or use optimizer=converged"
