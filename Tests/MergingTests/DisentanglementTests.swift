@@ -155,7 +155,7 @@ struct RowOracle: Sendable {
     #expect(areClose(solution.coefficients, [share, share], 1e-9))
   }
 
-  @Test(arguments: [2, 3, 4, 5, 8, 9, 16, 17, 23])
+  @Test(arguments: [2, 3, 4, 5, 8, 9, 16, 17, 20, 23])
   func `the descent in k dimensions is the descent of whole vectors`(k: Int) {
     var generator = SeededGenerator(seed: UInt64(k))
     let vectors = (0..<k).map { _ in
