@@ -216,6 +216,35 @@ struct MergeCommandTests {
     #expect(over.errors.contains("is also an input"))
   }
 
+  @Test func `chat_template auto takes the template that most models have`() throws {
+    for (name, seed) in [("a", 1), ("b", 2), ("c", 3)] { try makeModel(name, seed: seed) }
+    let recipe = try write(
+      """
+      merge_method: linear
+      models: [{model: @a}, {model: @b}, {model: @c}]
+      parameters: {weight: 1}
+      chat_template: auto
+      """)
+    let none = try smelt("merge", "--quiet", recipe, folder("none"))
+    #expect(
+      none.errors
+        == "smelt: none of the models has a chat template: chat_template: auto chooses none\n")
+    #expect(!FileManager.default.fileExists(atPath: folder("none/chat_template.jinja")))
+
+    try Data("{{ a }}".utf8).write(to: URL(filePath: folder("a/chat_template.jinja")))
+    try Data(#"{"chat_template": "{{ b }}\n"}"#.utf8)
+      .write(to: URL(filePath: folder("b/tokenizer_config.json")))
+    try Data(
+      #"""
+      {"chat_template": [{"name": "tools", "template": "{{ t }}"},
+                         {"name": "default", "template": "{{ b }}"}]}
+      """#.utf8
+    ).write(to: URL(filePath: folder("c/tokenizer_config.json")))
+    let result = try smelt("merge", "--quiet", recipe, folder("out"))
+    #expect(result.code == 0, "\(result.errors)")
+    #expect(try text("out/chat_template.jinja") == "{{ b }}")
+  }
+
   @Test func `a tokenizer of another vocabulary is refused, and a folder without one`() throws {
     for (name, seed) in [("a", 1), ("b", 2), ("c", 3)] { try makeModel(name, seed: seed) }
     let recipe = try write(Self.linear + "\ntokenizer_source: @c")
@@ -377,5 +406,73 @@ struct MergeCommandTests {
       process.waitUntilExit()
       _ = try resume(recipe, into: name, "round \(round)")
     }
+  }
+
+  @Test(arguments: ["linear", "ties"])
+  func `an input that is written to meanwhile is one sentence and nothing is left`(
+    method: String
+  ) throws {
+    for name in ["a", "b"] {
+      try FileManager.default.createDirectory(
+        atPath: folder(name), withIntermediateDirectories: true)
+      try Checkpoint.write(
+        [
+          try SmallTensor(
+            "weight", [1000, 1000], Array(repeating: name == "a" ? 1 : 2, count: 1_000_000))
+        ],
+        to: folder("\(name)/model.safetensors"))
+    }
+    let recipe = try write(
+      """
+      merge_method: \(method)
+      \(method == "ties" ? "base_model: @a" : "")
+      models: [{model: @a}, {model: @b}]
+      parameters: {weight: 0.5\(method == "ties" ? ", density: 0.5" : "")}
+      """)
+    let changed = folder("b/model.safetensors")
+    let whole = try Data(contentsOf: URL(filePath: changed))
+    let file = try #require(FileHandle(forWritingAtPath: changed))
+    // A merge that has ended before the file was written to is no fault of it: up to fifty tries.
+    for isTruncated in [false, true] {
+      var errors = ""
+      for _ in 0..<50 where errors.isEmpty {
+        errors = try mergeWhile(recipe) { round in
+          if isTruncated {
+            try file.truncate(atOffset: 4096)
+          } else {
+            try file.seek(toOffset: UInt64(whole.count / 2))
+            try file.write(contentsOf: Data(repeating: round, count: whole.count / 2))
+          }
+        }
+        try whole.write(to: URL(filePath: changed))
+        if errors.isEmpty { try FileManager.default.removeItem(atPath: folder("out")) }
+      }
+      #expect(errors.hasPrefix("Error: \(changed): "), "\(errors)")
+      #expect(errors.count { $0 == "\n" } == 1, "\(errors)")
+      #expect(try folder.names == ["a", "b", "errors", "recipe.yml"])
+    }
+  }
+
+  /// Merges into `out` in little memory, and calls `disturb` again and again meanwhile.
+  /// - Returns: what the command says of it; empty if it succeeds.
+  private func mergeWhile(_ recipe: String, _ disturb: (UInt8) throws -> Void) throws -> String {
+    let process = Process()
+    process.executableURL = builtCommand
+    process.arguments = ["merge", "--quiet", "--memory", "1MiB", recipe, folder("out")]
+    try Data().write(to: URL(filePath: folder("errors")))
+    process.standardError = FileHandle(forWritingAtPath: folder("errors"))
+    try process.run()
+    // The journal is made after the files are opened and before they are read.
+    while process.isRunning, journalLines("out") == nil { usleep(100) }
+    var round: UInt8 = 0
+    while process.isRunning {
+      try disturb(round)
+      round &+= 1
+      usleep(1000)
+    }
+    process.waitUntilExit()
+    #expect(process.terminationReason == .exit)
+    #expect(process.terminationStatus == (try text("errors").isEmpty ? 0 : 1))
+    return try text("errors")
   }
 }

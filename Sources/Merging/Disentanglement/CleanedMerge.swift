@@ -100,12 +100,12 @@ struct CleanedMerge<Method: TensorMerge>: TensorMerge, TaskVectorCleaning {
     }
   }
 
-  mutating func learn(_ total: Observation) {
+  mutating func learn(_ total: Observation) throws(PassesDiffer) {
     switch (state, total) {
     case (.tensor(let solver), .gram(let gram)):
       findings?.add(TensorFindings(gram: gram, experts: experts), to: tensor.name)
       state = .known(.group(coefficients: solver.solve(gram).coefficients))
-    case (_, .method(let seen)): method.learn(seen)
+    case (_, .method(let seen)): try method.learn(seen)
     default: preconditionFailure("inner products are summed for tensor scope only")
     }
   }

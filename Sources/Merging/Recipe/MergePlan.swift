@@ -594,6 +594,7 @@ extension MergePlan {
   ///   - didObserve: told of bytes that were read and will be again; with those that `didFinish` is
   ///     told of they come to the cost's.
   /// - Returns: what the cleaning of task vectors came to.
+  /// - Throws: what a file refuses, and if one was written to meanwhile.
   @discardableResult
   public func run(
     into sink: any TensorSink, memory: Int, workers: Int, journal: MergeJournal? = nil,
@@ -610,14 +611,20 @@ extension MergePlan {
       didObserve: didObserve, didFinish: didFinish)
     guard let cleaning, cleaning.tensorCount > 0 else {
       try run.run()
+      try checkUnchanged()
       return nil
     }
     let findings = CleaningFindings()
     var summary = DisentanglementSummary(cleaning.cleaning, experts: cleaning.experts)
     run.tasks = try cleaning.prepare(run, findings, &summary)
     try run.run()
+    try checkUnchanged()
     try cleaning.conclude(tasks, findings, &summary)
     return summary
+  }
+
+  private func checkUnchanged() throws(CheckpointError) {
+    for source in sources { try source.checkUnchanged() }
   }
 
   private var tensorsReadForOneOutput: Set<InputTensor> {
