@@ -216,7 +216,8 @@ struct Upscale: ParsableCommand {
 
   private func sayPlan(of upscaling: Upscaling) {
     let cost = upscaling.cost(
-      memory: resources.memory.bytes, withTaskVectors: taskVectors != nil)
+      memory: resources.memory.bytes, workers: resources.jobs,
+      withTaskVectors: taskVectors != nil)
     let rows = [
       ["experts", "\(upscaling.family.experts.count)"],
       ["MLP modules", "\(upscaling.modules.count)"],
@@ -227,6 +228,7 @@ struct Upscale: ParsableCommand {
       ["peak memory", "\(ByteSize(bytes: cost.peakMemory)) at most"],
     ]
     print(Table(columns: [output, ""], rows: rows))
+    if let sentence = cost.reads.sentence { print(sentence) }
   }
 
   private func millions(_ count: Int) -> String { decimal(Double(count) / 1e6, 2) }
