@@ -57,7 +57,9 @@ struct CleanedMerge<Method: TensorMerge>: TensorMerge, TaskVectorCleaning {
     method.combine(next, into: &total)
   }
 
-  mutating func learn(_ total: Method.Observation) { method.learn(total) }
+  mutating func learn(_ total: Method.Observation) throws(PassesDiffer) {
+    try method.learn(total)
+  }
 
   // MARK: Merging
 

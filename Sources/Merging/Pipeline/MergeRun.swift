@@ -187,9 +187,17 @@ struct MergeRun: Sendable {
       for chunk in allChunks(of: index) {
         merge.combine(try observe(merge, chunk, in: &workspace), into: &total)
       }
-      merge.learn(total)
+      try conclude(&merge, total, tasks[index])
     }
     return merge
+  }
+
+  private func conclude<Merge: TensorMerge>(
+    _ merge: inout Merge, _ total: Merge.Observation, _ task: TensorTask
+  ) throws {
+    do { try merge.learn(total) } catch {
+      throw task.inputs.map { sources[$0.source] }.errorOfChange(of: task.output.name)
+    }
   }
 
   private func runTogether(_ index: Int) throws {
@@ -221,7 +229,7 @@ struct MergeRun: Sendable {
         didObserve(task.output, task.inputByteCount(of: chunks[step]))
         total.add(observation, number: step) { current.combine($0, into: &$1) }
       }
-      merge.learn(total.value)
+      try conclude(&merge, total.value, task)
       pass += 1
     }
     // Passes that were planned for and not needed.

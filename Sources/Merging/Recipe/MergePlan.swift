@@ -602,6 +602,7 @@ extension MergePlan {
   ///   - didObserve: told of bytes that were read and will be again; with those that `didFinish` is
   ///     told of they come to the cost's.
   /// - Returns: what the cleaning of task vectors came to.
+  /// - Throws: what a file refuses, and if one was written to meanwhile.
   @discardableResult
   public func run(
     into sink: any TensorSink, memory: Int, workers: Int, journal: MergeJournal? = nil,
@@ -617,9 +618,16 @@ extension MergePlan {
       didObserve: didObserve, didFinish: didFinish)
     guard let cleaning, cleaning.tensorCount > 0 else {
       try run.run()
+      try checkUnchanged()
       return nil
     }
-    return try cleaning.run(run)
+    let summary = try cleaning.run(run)
+    try checkUnchanged()
+    return summary
+  }
+
+  private func checkUnchanged() throws(CheckpointError) {
+    for source in sources { try source.checkUnchanged() }
   }
 
   private var tensorsReadForOneOutput: Set<InputTensor> {

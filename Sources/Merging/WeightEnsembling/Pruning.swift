@@ -66,7 +66,11 @@ extension Upscaling {
           guard case .quantiles(var values) = observation, tensors[index].elementCount > 0 else {
             continue
           }
-          for expert in values.indices { values[expert].statistics.finishPass() }
+          for expert in values.indices {
+            do { try values[expert].statistics.finishPass() } catch {
+              throw family.sources.errorOfChange(of: tensors[index].name)
+            }
+          }
           quantiles[index] = values
         }
       }
