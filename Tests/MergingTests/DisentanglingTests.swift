@@ -436,9 +436,6 @@ struct DisentanglingTests {
     func steps(_ values: [Float]) throws -> SmallTensor {
       try SmallTensor("steps", [2], dtype: .u8, values)
     }
-    func write(_ tensors: [SmallTensor], _ name: String) throws -> any TensorSource {
-      try Checkpoint.open(Checkpoint.write(tensors, to: folder(name)))
-    }
     let base = try Self.model(0, dtype: .f32, seed: 1) + [steps([1, 2])]
     let expert = try Self.model(1, dtype: .f32, seed: 1) + [steps([3, 4])]
     let lacking = expert.filter { !["steps", "layers.1.mlp.weight"].contains($0.info.name) }
@@ -446,10 +443,10 @@ struct DisentanglingTests {
       try SmallTensor("model." + $0.info.name, $0.info.shape, dtype: $0.info.dtype, $0.values)
     }
     let family = try ModelFamily(
-      base: write(base, "base.safetensors"),
+      base: MemorySource(base),
       experts: [
-        .init(name: "lacking", source: write(lacking, "lacking.safetensors")),
-        .init(name: "prefixed", source: write(prefixed, "prefixed.safetensors")),
+        .init(name: "lacking", source: MemorySource(lacking)),
+        .init(name: "prefixed", source: MemorySource(prefixed)),
       ])
     let outcome = try disentangle(family, cleaning, form: form)
     for expert in outcome.experts {
