@@ -77,7 +77,7 @@ struct Upscale: ParsableCommand {
     help: ArgumentHelp(
       "wemoe, or mixtral: Llama-like experts as whole MLPs side by side, which transformers loads.",
       discussion:
-        "A Mixtral's gates are fitted to --activations. An output without a file's ending is a folder with config.json and the base's tokenizer."
+        "A Mixtral's gates are fitted to --activations, best recorded with --tokens. An output without a file's ending is a folder with config.json and the base's tokenizer."
     ))
   var format = Format.wemoe
 
@@ -144,32 +144,15 @@ struct Upscale: ParsableCommand {
       models, scaling: scaling, activations: Checkpoint.open(activations!),
       expertsPerToken: min(expertsPerToken, family.experts.count))
     try refuse(writing: output, overInputs: family.paths + [activations!])
-    let text = sparse.configuration?.text
-    let sink: any TensorSink
-    var configuration: URL?
+    var options = WritingOptions()
     if writesFolder {
-      var options = WritingOptions()
       options.sideFilesOf = family.base
-      options.files = text.map { ["config.json": Array($0.utf8)] } ?? [:]
-      sink = try Checkpoint.create(folderPath, sparse.manifest, options)
-    } else {
-      let folder = URL(filePath: output).deletingLastPathComponent()
-      configuration = text == nil ? nil : folder.appending(path: "config.json")
-      for input in family.paths where configuration != nil {
-        let url = URL(filePath: input)
-        let own = isFolder(input) ? url : url.deletingLastPathComponent()
-        if own.standardizedFileURL == folder.standardizedFileURL {
-          throw MergeError(
-            "\(configuration!.path) is an input's", remedy: "write to a folder of its own")
-        }
-      }
-      sink = try Checkpoint.create(output, sparse.manifest)
+      options.files = sparse.configuration.map { ["config.json": Array($0.text.utf8)] } ?? [:]
     }
+    let path = writesFolder && !output.hasSuffix("/") ? output + "/" : output
+    let sink = try Checkpoint.create(path, sparse.manifest, options)
     let reports = try sparse.run(
       into: sink, memory: resources.memory.bytes, workers: resources.jobs)
-    if let configuration, let text {
-      try Data(text.utf8).write(to: configuration, options: .atomic)
-    }
     try models.checkUnchanged()
     try sink.finish()
     let rows = reports.map {
@@ -179,7 +162,11 @@ struct Upscale: ParsableCommand {
       Table(
         columns: ["module", "held-out routing", "sharpness"], rows: rows, rightAligned: [1, 2]))
     print("\(output): a Mixtral, \(summary(of: sparse.manifest))")
-    if sparse.configuration == nil { note("the base has no config.json to make one from") }
+    if sparse.configuration == nil {
+      note("the base has no config.json to make one from")
+    } else if !writesFolder {
+      note("transformers needs config.json too, which is written into a folder: -o NAME/")
+    }
   }
 
   /// Whether the output is a model's folder: its name ends in no format's ending.
@@ -189,8 +176,6 @@ struct Upscale: ParsableCommand {
         format.fileExtensions.contains { output.lowercased().hasSuffix("." + $0) }
       }
   }
-
-  private var folderPath: String { output.hasSuffix("/") ? output : output + "/" }
 
   private func options() throws -> Upscaling.Options {
     var options = Upscaling.Options()
