@@ -136,6 +136,7 @@ struct Merge: ParsableCommand {
         remedy: "look for them in the inputs, or leave out --strict")
     }
     try sink.finish()
+    sink.warnings.forEach(note)
     cleaning?.warnings.forEach(note)
     guard !quiet else { return }
     if let cleaning {
