@@ -43,6 +43,14 @@ struct Upscale: ParsableCommand {
       valueName: "pattern"))
   var mlp: [String] = []
 
+  @Flag(
+    help: ArgumentHelp(
+      "Make modules of the attention's projections too, each with a router of its own.",
+      discussion:
+        "What attention learned is then kept as well, for about half as much more. FusionBench does not load such mixtures."
+    ))
+  var attention = false
+
   @Option(help: "The layers to upscale, such as 0-5,11; the others are merged.")
   var layers: LayerRange?
 
@@ -103,6 +111,9 @@ struct Upscale: ParsableCommand {
   func validate() throws {
     guard (format == .mixtral) == (activations != nil) else {
       throw ValidationError("--format mixtral and --activations go together.")
+    }
+    guard !attention || format == .wemoe else {
+      throw ValidationError("--format mixtral cannot have --attention.")
     }
     guard (0...2).contains(routerDepth) else {
       throw ValidationError("--router-depth is 0, 1 or 2.")
@@ -199,6 +210,7 @@ struct Upscale: ParsableCommand {
     options.seed = seed
     options.cleaning = try cleaning.cleaning(or: nil)
     if !mlp.isEmpty { options.mlps = try mlp.map { try TransformerMLP(pattern: $0) } }
+    if attention { options.mlps += TransformerMLP.attentions }
     options.layers = layers?.numbers
     options.pruning = prune
     options.gates = !sharedGate ? .own : duplicateGate ? .duplicated : .shared

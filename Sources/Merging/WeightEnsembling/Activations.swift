@@ -12,6 +12,11 @@ struct Activations: Sendable {
   init(_ source: any TensorSource, of modules: [MixtureDescription.Module]) throws {
     self.source = source
     for module in modules {
+      if module.isAttention, source.manifest[module.prefix] == nil {
+        throw CheckpointError(
+          file: source.path, tensor: module.prefix, "is missing",
+          remedy: "record the inputs of attention too, with 'smelt activations --attention'")
+      }
       let tensor = try source.tensor(module.prefix)
       guard (2...3).contains(tensor.shape.count), tensor.rowLength == module.width,
         !tensor.shape.contains(0)
