@@ -226,12 +226,16 @@ struct Upscale: ParsableCommand {
     return options
   }
 
+  private func kinds(of upscaling: Upscaling) -> String {
+    upscaling.modules.contains { $0.mlp.isAttention } ? "MLP and attention" : "MLP"
+  }
+
   private func sayPlan(of upscaling: Upscaling) {
     let cost = upscaling.cost(
       memory: resources.memory.bytes, withTaskVectors: taskVectors != nil)
     let rows = [
       ["experts", "\(upscaling.family.experts.count)"],
-      ["MLP modules", "\(upscaling.modules.count)"],
+      ["\(kinds(of: upscaling)) modules", "\(upscaling.modules.count)"],
       ["parameters", "\(millions(cost.parameters)) M"],
       ["  other than zero", "\(millions(cost.remaining)) M"],
       ["read", "\(ByteSize(bytes: cost.bytesRead)) (the MLPs \(cost.passes) ×)"],
@@ -245,7 +249,7 @@ struct Upscale: ParsableCommand {
 
   private func say(_ upscaling: Upscaling, _ report: Upscaling.Report) {
     print(
-      "\(output): \(upscaling.family.experts.count) experts in \(upscaling.modules.count) MLP modules, \(summary(of: upscaling.manifest))"
+      "\(output): \(upscaling.family.experts.count) experts in \(upscaling.modules.count) \(kinds(of: upscaling)) modules, \(summary(of: upscaling.manifest))"
     )
     if let taskVectors { print("\(taskVectors): \(summary(of: upscaling.taskVectorManifest))") }
     if let cleaning = report.cleaning {
