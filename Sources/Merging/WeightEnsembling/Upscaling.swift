@@ -232,7 +232,8 @@ extension Upscaling {
       modules: modules.map {
         .init(
           prefix: $0.prefix, original: $0.originalPrefix, gate: gate(of: $0), width: $0.width,
-          maps: $0.maps, transposed: $0.isTransposed)
+          maps: $0.maps, transposed: $0.isTransposed,
+          attention: $0.mlp.isAttention ? true : nil)
       })
     if options.gates == .shared {
       description.aliases = Dictionary(
@@ -262,7 +263,7 @@ extension Upscaling {
   private var activation: Activation? {
     options.activation
       ?? ModelConfiguration(of: family.base.path)?.activation
-      ?? modules[0].activation
+      ?? modules.lazy.compactMap { $0.activation }.first
   }
 }
 
