@@ -20,6 +20,7 @@ Needs torch, transformers and safetensors; for HDF5 h5py (and hdf5plugin if it i
 The file stands alone: copy it into your project.
 """
 
+import inspect
 import json
 import os
 import re
@@ -30,10 +31,12 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, PreTrainedModel
 
-# The linear map that sees the MLP's input and therefore asks the router, in every architecture.
+# The linear map that sees the module's input first and therefore asks the router, in every
+# architecture: of an MLP, and of an attention.
 FIRST_MAPS = {"fc1", "intermediate.dense", "gate_proj", "gate_up_proj", "wi", "wi_0", "c_fc"}
+FIRST_MAPS |= {"q_proj", "self.query", "attention.query", "q_lin", "qkv", "q", "qkv_proj", "query_key_value", "c_attn"}
 
 
 # --- Reading mixtures ---
@@ -131,22 +134,27 @@ class Mixture:
         self.prompt_lengths = None
         self.keeps_weights = False
         self.mask = None
+        self.is_encoder = False  # of a model that has a decoder besides
 
     def before_call(self, model, arguments, keywords):
-        """See, before the model runs, whether this call continues one whose prompt has routed."""
-        cache = keywords.get("past_key_values")
-        length = cache.get_seq_length() if hasattr(cache, "get_seq_length") else 0
-        self.keeps_weights = length > 0
-        self.mask = keywords.get("attention_mask")
+        """See, before a stack of layers runs, whether this call continues one whose prompt has routed."""
+        given = inspect.signature(model.forward).bind_partial(*arguments, **keywords).arguments
+        given |= given.get("kwargs", {})
+        # A key-value cache is known by what it can do: its argument's name has changed over time.
+        lengths = [value.get_seq_length() for value in given.values() if hasattr(value, "get_seq_length")]
+        self.keeps_weights = any(length > 0 for length in lengths)
+        self.mask = given.get("attention_mask")
+        self.is_encoder = getattr(model, "is_decoder", None) is False
 
     def shares(self, states):
         """Return how much each token [batch, tokens] counts for its sample; rows add up to one."""
         batch, tokens = states.shape[:2]
         counts = torch.ones(batch, tokens, device=states.device)
-        # T5's decoder is called with the mask of the encoder, which says nothing of its tokens.
-        if self.mask is not None and self.mask.shape == counts.shape:
+        if self.mask is not None:
+            if self.mask.shape != counts.shape:
+                raise ValueError(f"the attention mask is {list(self.mask.shape)} for tokens {list(counts.shape)}")
             counts = self.mask.to(counts)
-        if self.prompt_lengths is not None:
+        if self.prompt_lengths is not None and not self.is_encoder:
             lengths = torch.as_tensor(self.prompt_lengths, device=states.device)
             counts = counts * (counts.cumsum(1) <= lengths[:, None])
         return counts / counts.sum(1, keepdim=True)
@@ -280,7 +288,11 @@ def attach(model, tensors, description):
             mixture.routers[prefix] = router
     if not mixture.routers:
         raise ValueError("the model has none of the mixture's MLPs")
-    model.register_forward_pre_hook(mixture.before_call, with_kwargs=True)
+    # Every stack of layers is told its own mask and cache, innermost last: generate() calls T5's
+    # encoder alone, and of CLIP only the text tower has a mask.
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            module.register_forward_pre_hook(mixture.before_call, with_kwargs=True)
     return model
 
 

@@ -19,6 +19,7 @@ struct CollapseCommand: ParsableCommand {
   var expert: String?
 
   @Option(
+    parsing: .unconditional,  // The first may be negative.
     help: ArgumentHelp(
       "A weight for each expert, in their order, such as 0.3,0.7.", valueName: "w,w,…"))
   var weights: WeightList?

@@ -1,6 +1,7 @@
-"""Scripts/wemoe.py against numpy, against `smelt activations`, and against itself.
+"""Scripts/wemoe.py against numpy, `smelt activations`, `smelt collapse`, and itself.
 
 Needs torch and transformers beside what the other interop tests need; skipped without them.
+Tests/Interop/README.md tells how to run it with them.
 """
 
 import os
@@ -43,27 +44,61 @@ FAMILIES = {
 
 
 def smelt(*arguments):
-    """Run the built command."""
-    subprocess.run([os.environ["SMELT"], *map(str, arguments)], check=True, capture_output=True)
+    """Run the built command and return what it printed."""
+    command = [os.environ["SMELT"], *map(str, arguments)]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-def make_mixture(folder, base, depth=2):
-    """Upscale a model and two copies with noise, and give the routers weights that differ by sample."""
+def make_experts(folder, base):
+    """Return the arguments for a model and two copies of it with noise."""
     generator = torch.Generator().manual_seed(7)
-    tensors = load_file(base)
-    experts = []
+    arguments = ["--base", base]
     for name in ("one", "two"):
-        noisy = {k: t + 0.3 * t.std().nan_to_num() * torch.randn(t.shape, generator=generator) for k, t in tensors.items()}
+        noisy = {}
+        for key, tensor in load_file(base).items():
+            noise = torch.randn(tensor.shape, generator=generator)
+            noisy[key] = tensor + 0.3 * tensor.std(correction=0) * noise
         save_file(noisy, folder / f"{name}.safetensors", {"format": "pt"})
-        experts += ["--expert", f"{name}={folder / name}.safetensors"]
+        arguments += ["--expert", f"{name}={folder / name}.safetensors"]
+    return arguments
+
+
+def make_mixture(folder, base, *options, weights=None):
+    """Upscale a model and two noisy copies, with constant routers or such as tell samples apart."""
+    generator = torch.Generator().manual_seed(8)
     mixture = folder / "mixture.safetensors"
-    smelt("upscale", "--base", base, *experts, "--router-depth", depth, "-o", mixture)
+    if weights is not None:
+        options = ("--router-depth", 0, *options)
+    smelt("upscale", *make_experts(folder, base), *options, "-o", mixture)
     tensors, metadata = wemoe.read_safetensors(mixture)
     for name, tensor in tensors.items():
-        if ".gate." in name:
+        if "gate." in name and "gate_proj" not in name:
             tensors[name] = 0.3 * torch.randn(tensor.shape, generator=generator)
+            if weights is not None:
+                tensors[name] = torch.tensor(weights)
+    del metadata["checksums"]  # They are those of other routers.
     save_file(tensors, mixture, metadata)
     return mixture
+
+
+def tiny_model(folder, kind):
+    """Save a tiny random language model that Smelt cannot run itself, and return (file, class)."""
+    torch.manual_seed(3)
+    size = {"vocab_size": 40, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    if kind == "gpt2":
+        config = transformers.GPT2Config(n_embd=16, n_layer=2, n_head=2, n_positions=32, **size)
+        model = transformers.GPT2LMHeadModel(config)
+    else:
+        config = transformers.T5Config(
+            d_model=16, d_ff=24, d_kv=4, num_layers=2, num_heads=4, decoder_start_token_id=0,
+            feed_forward_proj="gated-gelu" if kind == "t5 1.1" else "relu", **size
+        )  # fmt: skip
+        model = transformers.T5ForConditionalGeneration(config)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=1.5 / parameter.shape[-1] ** 0.5)
+    model.save_pretrained(folder)
+    return folder / "model.safetensors", type(model)
 
 
 def digits_config():
@@ -114,7 +149,8 @@ class WemoeTests(unittest.TestCase):
         for family, model_class in FAMILIES.items():
             for depth in (0, 1, 2):
                 with self.subTest(family=family, depth=depth):
-                    mixture = make_mixture(self.folder, FORWARD / family / "model.safetensors", depth)
+                    base = FORWARD / family / "model.safetensors"
+                    mixture = make_mixture(self.folder, base, "--router-depth", depth)
                     given, recorded = FORWARD / family / "inputs.safetensors", self.folder / "recorded.safetensors"
                     config = FORWARD / family / "config.json"
                     smelt("activations", mixture, given, "--config", config, "--tokens", "--final", "-o", recorded)
@@ -129,6 +165,55 @@ class WemoeTests(unittest.TestCase):
                     self.assert_close(states, load_file(recorded)["last_hidden_state"])
 
     @torch.no_grad()
+    def test_every_storage_agrees_with_smelt(self):
+        """Coded task vectors and shared gates, in every format, are to both the same mixture."""
+        given, recorded = FORWARD / "bert" / "inputs.safetensors", self.folder / "recorded.safetensors"
+        inputs = load_file(given)
+        del inputs["task"]
+        for options in (
+            ("--store", "sparse", "--prune", "0.5", "--shared-gate"),
+            ("--store", "int8"),
+            ("--store", "int4", "--shared-gate", "--duplicate-gate"),
+            ("--store", "lowrank", "--rank", "3"),
+        ):
+            mixture = make_mixture(self.folder, FORWARD / "bert" / "model.safetensors", *options)
+            smelt("convert", mixture, self.folder / "mixture.h5")
+            smelt("pack", mixture, self.folder / "mixture.safetensors.zst")
+            for name in ("mixture.safetensors", "mixture.h5", "mixture.safetensors.zst"):
+                with self.subTest(options=options, name=name):
+                    config = FORWARD / "bert" / "config.json"
+                    smelt(
+                        "activations", self.folder / name, given, "--config", config, "--tokens", "--final",
+                        "-o", recorded,
+                    )  # fmt: skip
+                    states = wemoe.load(self.folder / name, FORWARD / "bert")(**inputs).last_hidden_state
+                    states = states * inputs["attention_mask"][..., None]
+                    self.assert_close(states, load_file(recorded)["last_hidden_state"])
+
+    @torch.no_grad()
+    def test_constant_routers_are_a_collapsed_model(self):
+        """Of every architecture, what `smelt collapse` writes computes what the mixture does."""
+        for kind in ("gpt2", "t5", "t5 1.1", "llama", "bert"):
+            with self.subTest(kind):
+                if kind in FAMILIES:
+                    base, model_class = FORWARD / kind / "model.safetensors", FAMILIES[kind]
+                    config = FORWARD / kind
+                else:
+                    base, model_class = tiny_model(self.folder / kind, kind)
+                    config = self.folder / kind
+                mixture = make_mixture(self.folder, base, weights=[0.7, -0.2])
+                smelt("collapse", mixture, "--weights", "0.7,-0.2", "-o", self.folder / "plain.safetensors")
+                plain = model_class.from_pretrained(
+                    None, config=transformers.AutoConfig.from_pretrained(config),
+                    state_dict=load_file(self.folder / "plain.safetensors"),
+                )  # fmt: skip
+                model = wemoe.load(mixture, config, model_class)
+                inputs = {"input_ids": torch.randint(3, 40, (2, 6))}
+                if kind.startswith("t5"):
+                    inputs["decoder_input_ids"] = torch.randint(3, 40, (2, 6))
+                self.assert_close(model(**inputs)[0], plain.eval()(**inputs)[0])
+
+    @torch.no_grad()
     def test_samples_do_not_see_each_other(self):
         """A sample has the same result alone, in a batch, and with padding."""
         mixture = make_mixture(self.folder, FORWARD / "bert" / "model.safetensors")
@@ -141,28 +226,56 @@ class WemoeTests(unittest.TestCase):
         self.assert_close(alone[0], together[1, :length])
         self.assertGreater((model.encoder.layer[1].intermediate.dense.router.weights.std()).item(), 1e-3)
 
+    def decoders(self):
+        """Yield a mixture of every kind of model that generates."""
+        base = FORWARD / "llama" / "model.safetensors"
+        yield wemoe.load(make_mixture(self.folder, base), FORWARD / "llama", transformers.LlamaForCausalLM)
+        for kind in ("gpt2", "t5"):
+            base, model_class = tiny_model(self.folder / kind, kind)
+            yield wemoe.load(make_mixture(self.folder, base), self.folder / kind, model_class)
+
+    def generate(self, model, prompts, mask=None):
+        """Return the tokens and logits of four generated tokens."""
+        mask = torch.ones_like(prompts) if mask is None else mask
+        made = model.generate(
+            prompts, attention_mask=mask, max_new_tokens=4, min_new_tokens=4, do_sample=False,
+            pad_token_id=0, return_dict_in_generate=True, output_logits=True,
+        )  # fmt: skip
+        return made.sequences, torch.stack(made.logits, dim=1)
+
     @torch.no_grad()
     def test_generation_keeps_the_weights_of_the_prompt(self):
         """With a cache, and without one but with the prompt's length known, scores are the same."""
-        mixture = make_mixture(self.folder, FORWARD / "llama" / "model.safetensors")
-        model = wemoe.load(mixture, FORWARD / "llama", transformers.LlamaForCausalLM)
-        prompts = load_file(FORWARD / "llama" / "inputs.safetensors")["input_ids"][:, :5]
-        generated = model.generate(
-            prompts,
-            attention_mask=torch.ones_like(prompts),
-            max_new_tokens=4,
-            min_new_tokens=4,
-            do_sample=False,
-            pad_token_id=1,
-            return_dict_in_generate=True,
-            output_logits=True,
-        )
-        model.mixture.prompt_lengths = [5] * len(prompts)
-        whole = model(generated.sequences, use_cache=False).logits
-        self.assert_close(torch.stack(generated.logits, dim=1), whole[:, 4:8])
-        model.mixture.prompt_lengths = None
-        other = model(generated.sequences, use_cache=False).logits
-        self.assertGreater((other - whole).abs().max().item(), 1e-3)
+        prompts = torch.randint(3, 40, (3, 5), generator=torch.Generator().manual_seed(5))
+        for model in self.decoders():
+            with self.subTest(type(model).__name__):
+                sequences, logits = self.generate(model, prompts)
+                if model.config.is_encoder_decoder:
+                    inputs = {"input_ids": prompts, "decoder_input_ids": sequences}
+                    prompt = 1
+                else:
+                    inputs, prompt = {"input_ids": sequences}, 5
+                model.mixture.prompt_lengths = [prompt] * len(prompts)
+                whole = model(**inputs, use_cache=False).logits[:, prompt - 1 : prompt + 3]
+                self.assert_close(logits, whole)
+                model.mixture.prompt_lengths = None
+                other = model(**inputs, use_cache=False).logits[:, prompt - 1 : prompt + 3]
+                self.assertGreater((other - whole).abs().max().item(), 1e-3)
+
+    @torch.no_grad()
+    def test_generation_is_the_same_alone_padded_and_after_another(self):
+        """Neither padding, nor the rest of the batch, nor what was generated before, matters."""
+        prompts = torch.randint(3, 40, (2, 6), generator=torch.Generator().manual_seed(6))
+        mask = torch.ones_like(prompts)
+        mask[0, :3] = 0
+        prompts[0, :3] = 0
+        for model in self.decoders():
+            with self.subTest(type(model).__name__):
+                _, together = self.generate(model, prompts, mask)
+                _, second = self.generate(model, prompts[1:])
+                _, first = self.generate(model, prompts[:1, 3:])
+                self.assert_close(first[0], together[0])
+                self.assert_close(second[0], together[1])
 
     def test_coded_task_vectors(self):
         """Every storage of task vectors gives back what was stored."""

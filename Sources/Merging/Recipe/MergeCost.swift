@@ -12,6 +12,8 @@ extension MergePlan {
     public var passes = 1
     /// Tensors that are read again in every pass, because they do not fit a worker's memory.
     public var tensorsReadAgain = 0
+    /// How often groups wider than a row are read by the cleaning.
+    public var cleaning = CleaningReads()
     /// Bytes that the workers take together.
     public var memory = 0
   }
@@ -19,8 +21,13 @@ extension MergePlan {
   /// - Parameter finished: chunks that an earlier run has made.
   public func cost(memory: Int, workers: Int, finished: Set<Chunk> = []) -> Cost {
     var cost = Cost()
-    let share = memory / max(1, workers)
-    let sizes = MergeWorkspace.Sizes(of: tasks, share: share)
+    cost.cleaning = cleaning?.reads(of: tasks, memory: memory, workers: workers) ?? CleaningReads()
+    cost.bytesRead = cost.cleaning.bytesReadAgain
+    let sizes = MergeWorkspace.Sizes(of: tasks, share: memory / max(1, workers))
+    // The workers' share while groups are held, which are read once however often they are seen.
+    let besideHeld = MergeWorkspace.Sizes(
+      of: tasks, share: (memory - cost.cleaning.held) / max(1, workers))
+    let held = cleaning?.heldTasks(tasks, memory: memory, workers: workers) ?? []
     let made = Dictionary(grouping: finished) { $0.task }.mapValues { chunks in
       chunks.reduce(0) { $0 + $1.elements.count }
     }
@@ -34,14 +41,16 @@ extension MergePlan {
       switch task.work {
       case .copy: cost.bytesRead += bytes
       case .merge(let merge, _, _, _):
-        let isReadAgain = !isMade && !merge.isReady && !sizes.holdsInputs(of: task)
+        let sizes = task.isReadForItsGroup ? besideHeld : sizes
+        let isReadAgain =
+          !isMade && !held.contains(index) && !merge.isReady && !sizes.holdsInputs(of: task)
         cost.passes = max(cost.passes, task.passes)
-        cost.tensorsReadAgain += isReadAgain || task.isReadForItsGroup ? 1 : 0
+        cost.tensorsReadAgain += isReadAgain ? 1 : 0
         cost.bytesRead += bytes * (isReadAgain ? 1 + merge.observingPasses : 1)
-        cost.bytesRead += task.isReadForItsGroup ? bytes : 0
       }
     }
-    cost.memory = workers * sizes.byteCount
+    cost.memory = max(
+      workers * sizes.byteCount, cost.cleaning.held + workers * besideHeld.byteCount)
     return cost
   }
 

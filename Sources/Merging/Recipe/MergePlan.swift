@@ -59,23 +59,18 @@ extension MergePlan {
     didObserve: @escaping @Sendable (TensorInfo, _ bytes: Int) -> Void = { _, _ in }
   ) throws -> DisentanglementSummary? {
     try check(memory: memory, workers: workers)
-    var run = MergeRun(
+    let run = MergeRun(
       sources: sources, sink: journal.map { JournaledSink(sink: sink, journal: $0) } ?? sink,
       tasks: tasks, memory: memory, workers: workers, finished: finished,
-      // What is cleaned is read again for its Gram matrix.
-      forgettable: keepsCache || cleaning != nil ? [] : tensorsReadForOneOutput,
+      forgettable: keepsCache ? [] : tensorsReadForOneOutput,
       didObserve: didObserve, didFinish: didFinish)
     guard let cleaning, cleaning.tensorCount > 0 else {
       try run.run()
       try checkUnchanged()
       return nil
     }
-    let findings = CleaningFindings()
-    var summary = DisentanglementSummary(cleaning.cleaning, experts: cleaning.experts)
-    run.tasks = try cleaning.prepare(run, findings, &summary)
-    try run.run()
+    let summary = try cleaning.run(run)
     try checkUnchanged()
-    try cleaning.conclude(tasks, findings, &summary)
     return summary
   }
 
