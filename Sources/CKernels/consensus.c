@@ -21,43 +21,65 @@ INLINE void load(const float *values, size_t bytes, vector *target) {
   }
 }
 
+INLINE void store(vector values, size_t bytes, float *target) {
+  if (bytes == sizeof(vector)) *(lanes *)target = values;
+  else memcpy(target, &values, bytes);
+}
+
+INLINE void elect_some(const float *rows, size_t stride, size_t order, const float *weights,
+                       bool weighs_votes, size_t bytes, float *sums, float *agreed) {
+  vector votes = 0, sum = 0, weight = 0;
+  for (size_t row = 0; row < order; row++) {
+    vector value;
+    load(rows + row * stride, bytes, &value);
+    votes += weighs_votes ? value * weights[row] : value;
+  }
+  const mask wins = votes >= 0;
+  for (size_t row = 0; row < order; row++) {
+    vector value;
+    load(rows + row * stride, bytes, &value);
+    const vector product = value * weights[row];
+    const vector vote = weighs_votes ? product : value;
+    const mask agrees = (wins & (vote > 0)) | (~wins & (vote < 0));
+    sum += WHERE(agrees, product);
+    weight += WHERE(agrees, (vector)weights[row]);
+  }
+  store(sum, bytes, sums);
+  if (agreed) store(weight, bytes, agreed);
+}
+
+INLINE void weigh_some(const float *rows, size_t stride, size_t order, const float *weights,
+                       size_t bytes, float *sums) {
+  vector sum = 0;
+  for (size_t row = 0; row < order; row++) {
+    vector value;
+    load(rows + row * stride, bytes, &value);
+    sum += value * weights[row];
+  }
+  store(sum, bytes, sums);
+}
+
+// Whole vectors have a length that the compiler knows; only the last may be shorter.
+
 INLINE void elect(const float *rows, size_t stride, size_t order, const float *weights,
                   bool weighs_votes, size_t columns, float *sums, float *agreed) {
-  for (size_t column = 0; column < columns; column += L) {
-    const size_t bytes = (columns - column < L ? columns - column : L) * sizeof(float);
-    vector votes = 0, sum = 0, weight = 0;
-    for (size_t row = 0; row < order; row++) {
-      vector value;
-      load(rows + row * stride + column, bytes, &value);
-      votes += weighs_votes ? value * weights[row] : value;
-    }
-    const mask wins = votes >= 0;
-    for (size_t row = 0; row < order; row++) {
-      vector value;
-      load(rows + row * stride + column, bytes, &value);
-      const vector product = value * weights[row];
-      const vector vote = weighs_votes ? product : value;
-      const mask agrees = (wins & (vote > 0)) | (~wins & (vote < 0));
-      sum += WHERE(agrees, product);
-      weight += WHERE(agrees, (vector)weights[row]);
-    }
-    memcpy(sums + column, &sum, bytes);
-    if (agreed) memcpy(agreed + column, &weight, bytes);
-  }
+  size_t column = 0;
+  for (; column + L <= columns; column += L)
+    elect_some(rows + column, stride, order, weights, weighs_votes, sizeof(vector), sums + column,
+               agreed ? agreed + column : NULL);
+  if (column < columns)
+    elect_some(rows + column, stride, order, weights, weighs_votes,
+               (columns - column) * sizeof(float), sums + column, agreed ? agreed + column : NULL);
 }
 
 INLINE void weigh(const float *rows, size_t stride, size_t order, const float *weights,
                   size_t columns, float *sums) {
-  for (size_t column = 0; column < columns; column += L) {
-    const size_t bytes = (columns - column < L ? columns - column : L) * sizeof(float);
-    vector sum = 0;
-    for (size_t row = 0; row < order; row++) {
-      vector value;
-      load(rows + row * stride + column, bytes, &value);
-      sum += value * weights[row];
-    }
-    memcpy(sums + column, &sum, bytes);
-  }
+  size_t column = 0;
+  for (; column + L <= columns; column += L)
+    weigh_some(rows + column, stride, order, weights, sizeof(vector), sums + column);
+  if (column < columns)
+    weigh_some(rows + column, stride, order, weights, (columns - column) * sizeof(float),
+               sums + column);
 }
 
 #define KERNELS(name, target)                                                                    \
