@@ -1,12 +1,12 @@
-"""Merging beside mergekit, and beside reading the inputs and writing the output with plain tools.
+"""Merging beside mergekit, or beside reading the inputs and writing the output with plain tools.
 
     Scripts/setup --python && swift build -c release --product smelt
     python3 -m venv .venv-mergekit && .venv-mergekit/bin/pip install mergekit==0.1.5
     .venv/bin/python Benchmarks/merge.py --mergekit .venv-mergekit/bin/mergekit-yaml [FOLDER]
 
 Makes a base and three fine-tunes of 1 GB each (--gigabytes) in FOLDER (default: a temporary one)
-unless they are there, and merges them by each method. Without --mergekit only Smelt and the plain
-tools are timed. The caches are warm, unless --cold drops them before every run.
+unless they are there, and merges them by each method; without --mergekit the plain tools are timed
+beside it. The caches are warm, unless --cold drops them before every run.
 """
 
 import argparse
@@ -54,6 +54,7 @@ def main():
     parser.add_argument("--gigabytes", type=float, default=1)
     parser.add_argument("--methods", nargs="*", default=list(RECIPES))
     parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--warmup", type=int, default=1, help="pairs that are not counted")
     parser.add_argument("--memory", default="160MiB")
     parser.add_argument("--cold", action="store_true")
     parser.add_argument("--output", type=Path, help="where the results go; default: FOLDER")
@@ -74,19 +75,20 @@ def main():
             ],
             outputs=[output / "by-smelt"],
         )
-        read = " ".join(map(str, inputs))
-        plain = Side(
-            "cat inputs, cp and sync one",
-            ["sh", "-c", f"cat {read} > /dev/null && cp {inputs[0]} {output}/copy && sync {output}/copy"],
-            outputs=[output / "copy"],
-        )
-        print(compare(smelt, plain, runs=options.runs, cold=options.cold), flush=True)
         if options.mergekit:
-            theirs = Side(
+            other = Side(
                 f"mergekit {method}", [options.mergekit, path, output / "by-mergekit"],
                 outputs=[output / "by-mergekit"],
             )
-            print(compare(smelt, theirs, runs=options.runs, cold=options.cold), flush=True)
+        else:
+            read, copy = " ".join(map(str, inputs)), output / "copy"
+            other = Side(
+                "cat inputs, cp and sync one",
+                ["sh", "-c", f"cat {read} > /dev/null && cp {inputs[0]} {copy} && sync {copy}"],
+                outputs=[copy],
+            )
+        pairs = {"runs": options.runs, "cold": options.cold, "warmup": options.warmup}
+        print(compare(smelt, other, **pairs), flush=True)
 
 
 if __name__ == "__main__":

@@ -47,7 +47,11 @@ struct OutputFolder {
       }
     }
     if let template = plan.recipe.chatTemplate {
-      files["chat_template.jinja"] = Array((Self.chatTemplates[template] ?? template).utf8)
+      if let text = try ChatTemplate.text(template, of: plan.recipe.models) {
+        files["chat_template.jinja"] = Array(text.utf8)
+      } else {
+        note("none of the models has a chat template: chat_template: auto chooses none")
+      }
     }
     return files
   }
@@ -91,16 +95,6 @@ struct OutputFolder {
     else { return data }
     return canonical
   }
-
-  /// The templates that a recipe may name.
-  private static let chatTemplates = [
-    "chatml": """
-    {% for message in messages %}<|im_start|>{{ message['role'] }}
-    {{ message['content'] }}<|im_end|>
-    {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
-    {% endif %}
-    """
-  ]
 
   // MARK: Model card
 

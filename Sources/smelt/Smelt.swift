@@ -2,6 +2,7 @@ import ArgumentParser
 import Checkpoints
 import Dispatch
 import Glibc
+import Merging
 
 /// The command. Each subcommand parses, calls the library and says what was done.
 @main
@@ -23,6 +24,7 @@ struct Smelt: ParsableCommand {
     ])
 
   static func main() {
+    keepBLASToOneThread()
     returnFreedMemory()
     // A stranger's HDF5 file can crash libhdf5; it shall not crash the command.
     HDF5.isolateLibrary()

@@ -43,6 +43,14 @@ struct Upscale: ParsableCommand {
       valueName: "pattern"))
   var mlp: [String] = []
 
+  @Flag(
+    help: ArgumentHelp(
+      "Make modules of the attention's projections too, each with a router of its own.",
+      discussion:
+        "What attention learned is then kept as well, for about half as much more. FusionBench does not load such mixtures."
+    ))
+  var attention = false
+
   @Option(help: "The layers to upscale, such as 0-5,11; the others are merged.")
   var layers: LayerRange?
 
@@ -103,6 +111,9 @@ struct Upscale: ParsableCommand {
   func validate() throws {
     guard (format == .mixtral) == (activations != nil) else {
       throw ValidationError("--format mixtral and --activations go together.")
+    }
+    guard !attention || format == .wemoe else {
+      throw ValidationError("--format mixtral cannot have --attention.")
     }
     guard (0...2).contains(routerDepth) else {
       throw ValidationError("--router-depth is 0, 1 or 2.")
@@ -184,6 +195,7 @@ struct Upscale: ParsableCommand {
     options.seed = seed
     options.cleaning = try cleaning.cleaning(or: nil)
     if !mlp.isEmpty { options.mlps = try mlp.map { try TransformerMLP(pattern: $0) } }
+    if attention { options.mlps += TransformerMLP.attentions }
     options.layers = layers?.numbers
     options.pruning = prune
     options.gates = !sharedGate ? .own : duplicateGate ? .duplicated : .shared
@@ -199,12 +211,17 @@ struct Upscale: ParsableCommand {
     return options
   }
 
+  private func kinds(of upscaling: Upscaling) -> String {
+    upscaling.modules.contains { $0.mlp.isAttention } ? "MLP and attention" : "MLP"
+  }
+
   private func sayPlan(of upscaling: Upscaling) {
     let cost = upscaling.cost(
-      memory: resources.memory.bytes, withTaskVectors: taskVectors != nil)
+      memory: resources.memory.bytes, workers: resources.jobs,
+      withTaskVectors: taskVectors != nil)
     let rows = [
       ["experts", "\(upscaling.family.experts.count)"],
-      ["MLP modules", "\(upscaling.modules.count)"],
+      ["\(kinds(of: upscaling)) modules", "\(upscaling.modules.count)"],
       ["parameters", "\(millions(cost.parameters)) M"],
       ["  other than zero", "\(millions(cost.remaining)) M"],
       ["read", "\(ByteSize(bytes: cost.bytesRead)) (the MLPs \(cost.passes) ×)"],
@@ -212,13 +229,14 @@ struct Upscale: ParsableCommand {
       ["peak memory", "\(ByteSize(bytes: cost.peakMemory)) at most"],
     ]
     print(Table(columns: [output, ""], rows: rows))
+    if let sentence = cost.reads.sentence { print(sentence) }
   }
 
   private func millions(_ count: Int) -> String { decimal(Double(count) / 1e6, 2) }
 
   private func say(_ upscaling: Upscaling, _ report: Upscaling.Report) {
     print(
-      "\(output): \(upscaling.family.experts.count) experts in \(upscaling.modules.count) MLP modules, \(summary(of: upscaling.manifest))"
+      "\(output): \(upscaling.family.experts.count) experts in \(upscaling.modules.count) \(kinds(of: upscaling)) modules, \(summary(of: upscaling.manifest))"
     )
     if let taskVectors { print("\(taskVectors): \(summary(of: upscaling.taskVectorManifest))") }
     if let cleaning = report.cleaning {

@@ -3,14 +3,16 @@ import TestSupport
 import Testing
 
 /// The quantile of values that come in tiles.
-private func quantile(_ ratio: Double, of values: [Float], tile: Int = .max) -> Double {
+private func quantile(_ ratio: Double, of values: [Float], tile: Int = .max) throws
+  -> Double
+{
   var quantile = MagnitudeQuantile(ratio, of: values.count)
   while !quantile.statistics.isComplete {
     for start in stride(from: 0, to: values.count, by: min(tile, values.count)) {
       let end = min(values.count, start + min(tile, values.count))
       quantile.statistics.observe(values.span.extracting(start..<end))
     }
-    quantile.statistics.finishPass()
+    try quantile.statistics.finishPass()
   }
   return quantile.value
 }
@@ -23,8 +25,8 @@ private func quantile(_ ratio: Double, of values: [Float], tile: Int = .max) -> 
       (0.9, 0.91, [-1.0]), (0.85, 0.865, [0.9, -1.0]), (0.5, 0.55, [-0.6, 0.7, -0.8, 0.9, -1.0]),
       (1.0, 1.0, []),
     ] as [(Double, Double, [Float])])
-  func `pruning follows the oracle`(ratio: Double, threshold: Double, kept: [Float]) {
-    let quantile = quantile(ratio, of: Self.oracle)
+  func `pruning follows the oracle`(ratio: Double, threshold: Double, kept: [Float]) throws {
+    let quantile = try quantile(ratio, of: Self.oracle)
     #expect(abs(quantile - threshold) < 1e-6)
     var pruned = Self.oracle
     var span = pruned.mutableSpan
@@ -33,7 +35,7 @@ private func quantile(_ ratio: Double, of values: [Float], tile: Int = .max) -> 
   }
 
   @Test(arguments: [1, 2, 3, 2049], [0, 0.01, 0.9, 1])
-  func `two passes find what sorting finds`(count: Int, ratio: Double) {
+  func `two passes find what sorting finds`(count: Int, ratio: Double) throws {
     var generator = SeededGenerator(seed: UInt64(count))
     // Many are equal, many lie close together.
     let values = (0..<count).map { index -> Float in
@@ -48,15 +50,15 @@ private func quantile(_ ratio: Double, of values: [Float], tile: Int = .max) -> 
     let low = Double(sorted[Int(position)])
     let high = Double(sorted[min(Int(position) + 1, count - 1)])
     let expected = low + (high - low) * (position - position.rounded(.down))
-    #expect(quantile(ratio, of: values) == expected)
-    #expect(quantile(ratio, of: values, tile: 100) == expected)
+    #expect(try quantile(ratio, of: values) == expected)
+    #expect(try quantile(ratio, of: values, tile: 100) == expected)
 
     let ranks = Set([0, count / 3, count / 2, count - 1])
     var statistics = OrderStatistics(ranks: ranks)
     statistics.observe(values.span)
-    statistics.finishPass()
+    try statistics.finishPass()
     statistics.observe(values.span)
-    statistics.finishPass()
+    try statistics.finishPass()
     for rank in ranks {
       let statistic = statistics[rank]
       #expect(statistic.magnitude == sorted[rank])
@@ -65,16 +67,16 @@ private func quantile(_ ratio: Double, of values: [Float], tile: Int = .max) -> 
     }
   }
 
-  @Test func `values of BF16 need one pass`() {
+  @Test func `values of BF16 need one pass`() throws {
     let values = (0..<1000).map { Float(bitPattern: UInt32($0 * 31) << 16) }
     var statistics = OrderStatistics(ranks: [0, 500, 999])
     statistics.observe(values.span)
-    statistics.finishPass()
+    try statistics.finishPass()
     #expect(statistics.isComplete)
     #expect(statistics[500].magnitude == values.map(\.magnitude).sorted()[500])
   }
 
-  @Test func `workers count apart and add up`() {
+  @Test func `workers count apart and add up`() throws {
     let values = (0..<999).map { Float($0 * 7919 % 1009) + 0.1 }
     var parts = Array(repeating: OrderStatistics(ranks: [10, 900]), count: 3)
     while !parts[0].isComplete {
@@ -83,16 +85,24 @@ private func quantile(_ ratio: Double, of values: [Float], tile: Int = .max) -> 
       }
       parts[0] += parts[1]
       parts[0] += parts[2]
-      parts[0].finishPass()
+      try parts[0].finishPass()
       parts = Array(repeating: parts[0], count: 3)
     }
     #expect(parts[0][900].magnitude == values.sorted()[900])
   }
 
-  @Test func `infinities and NaN are ordered last`() {
+  @Test func `other values in the second pass are an error`() throws {
+    var statistics = OrderStatistics(ranks: [1, 3])
+    statistics.observe(([0.1, 0.2, 0.3, 0.4] as [Float]).span)
+    try statistics.finishPass()
+    statistics.observe(([5.1, 5.2, 5.3, 5.4] as [Float]).span)
+    #expect(throws: PassesDiffer()) { try statistics.finishPass() }
+  }
+
+  @Test func `infinities and NaN are ordered last`() throws {
     let values: [Float] = [.nan, 1, -.infinity, 0.3, 2]
-    #expect(quantile(0.5, of: values) == 2)
-    #expect(quantile(0.75, of: values) == .infinity)
-    #expect(quantile(1, of: values).isNaN)
+    #expect(try quantile(0.5, of: values) == 2)
+    #expect(try quantile(0.75, of: values) == .infinity)
+    #expect(try quantile(1, of: values).isNaN)
   }
 }

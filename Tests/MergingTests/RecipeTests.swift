@@ -130,15 +130,15 @@ struct RecipeTests {
     ),
     (
       "merge_method: linear\nmodels: [{model: a}]\nchat_template: llama3",
-      "r.yml, line 3: chat_template \"llama3\" is not known; write the template itself, or chatml, or leave it out to keep the model's own"
+      "r.yml, line 3: chat_template \"llama3\" is not known; write the template itself, auto, or chatml, or leave it out to keep the model's own"
     ),
     (
       "merge_method: linear\nmodels: [{model: a}]\ntokenizer:\n  source: base\n  tokens: {x: {source: a}}",
-      "r.yml, line 5: tokenizer.tokens is not supported"
+      "r.yml, line 5: tokenizer.tokens is not supported; change the models' vocabularies before they are merged"
     ),
     (
       "merge_method: linear\nmodels: [{model: a}]\ntokenizer:\n  source: a\n  pad_to_multiple_of: 8",
-      "r.yml, line 5: tokenizer.pad_to_multiple_of is not supported"
+      "r.yml, line 5: tokenizer.pad_to_multiple_of is not supported; change the models' vocabularies before they are merged"
     ),
     (
       "merge_method: linear\nmodels: [{model: a}]\ntokenizer_source: base\ntokenizer: {source: a}",
@@ -146,7 +146,7 @@ struct RecipeTests {
     ),
     (
       "merge_method: linear\nmodels:\n  - model:\n      model: a\n      lora: b",
-      "r.yml, line 5: lora is not supported"
+      "r.yml, line 5: lora is not supported; merge it into its base first"
     ),
     (
       "merge_method: linear\nmodels:\n  - model:\n      model: {path: a, revision: main}",

@@ -216,6 +216,35 @@ struct MergeCommandTests {
     #expect(over.errors.contains("is also an input"))
   }
 
+  @Test func `chat_template auto takes the template that most models have`() throws {
+    for (name, seed) in [("a", 1), ("b", 2), ("c", 3)] { try makeModel(name, seed: seed) }
+    let recipe = try write(
+      """
+      merge_method: linear
+      models: [{model: @a}, {model: @b}, {model: @c}]
+      parameters: {weight: 1}
+      chat_template: auto
+      """)
+    let none = try smelt("merge", "--quiet", recipe, folder("none"))
+    #expect(
+      none.errors
+        == "smelt: none of the models has a chat template: chat_template: auto chooses none\n")
+    #expect(!FileManager.default.fileExists(atPath: folder("none/chat_template.jinja")))
+
+    try Data("{{ a }}".utf8).write(to: URL(filePath: folder("a/chat_template.jinja")))
+    try Data(#"{"chat_template": "{{ b }}\n"}"#.utf8)
+      .write(to: URL(filePath: folder("b/tokenizer_config.json")))
+    try Data(
+      #"""
+      {"chat_template": [{"name": "tools", "template": "{{ t }}"},
+                         {"name": "default", "template": "{{ b }}"}]}
+      """#.utf8
+    ).write(to: URL(filePath: folder("c/tokenizer_config.json")))
+    let result = try smelt("merge", "--quiet", recipe, folder("out"))
+    #expect(result.code == 0, "\(result.errors)")
+    #expect(try text("out/chat_template.jinja") == "{{ b }}")
+  }
+
   @Test func `a tokenizer of another vocabulary is refused, and a folder without one`() throws {
     for (name, seed) in [("a", 1), ("b", 2), ("c", 3)] { try makeModel(name, seed: seed) }
     let recipe = try write(Self.linear + "\ntokenizer_source: @c")
@@ -289,48 +318,161 @@ struct MergeCommandTests {
     #expect(result.output.contains("  epsilon, each: 0.15\n"))
   }
 
-  /// Two models of 24 tensors, large enough that a merge takes a moment.
-  private func makeLargeModels() throws -> String {
+  /// Two models of 40 tensors of 50,000 bytes, each written as one piece.
+  private func makeManyTensors() throws -> String {
     var random = SeededGenerator(seed: 3)
     for name in ["a", "b"] {
       try FileManager.default.createDirectory(
         atPath: folder(name), withIntermediateDirectories: true)
-      let tensors = try (0..<24).map {
-        let values = (0..<1 << 16).map { _ in Float(Int32(truncatingIfNeeded: random.next())) }
-        return try SmallTensor("model.layers.\($0).mlp.up_proj.weight", [256, 256], values)
+      let tensors = try (0..<40).map {
+        let values = (0..<12_500).map { _ in Float(Int32(truncatingIfNeeded: random.next())) }
+        return try SmallTensor("model.layers.\($0).mlp.up_proj.weight", [50, 250], values)
       }
       try Checkpoint.write(tensors, to: folder("\(name)/model.safetensors"))
     }
     return try write(Self.linear)
   }
 
-  @Test(arguments: ["out", "out.safetensors"])
-  func `killed at any moment, a merge can be gone on with to the same bytes`(name: String) throws {
-    let recipe = try makeLargeModels()
-    #expect(try smelt("merge", "--quiet", recipe, folder("whole")).code == 0)
-    let expected = try Checkpoint.open(folder("whole"))
-    var random = SeededGenerator(seed: 5)
-    var tookOver = 0
-    for round in 0..<12 {
-      let process = Process()
-      process.executableURL = builtCommand
-      process.arguments = ["merge", "--quiet", "--jobs", "1", recipe, folder(name)]
-      process.standardError = FileHandle.nullDevice
-      try process.run()
-      usleep(UInt32.random(in: 20_000...400_000, using: &random))
+  private func start(_ recipe: String, into output: String) throws -> Process {
+    let process = Process()
+    process.executableURL = builtCommand
+    process.arguments = ["merge", "--quiet", "--jobs", "1", recipe, output]
+    process.standardError = FileHandle.nullDevice
+    try process.run()
+    return process
+  }
+
+  /// The lines of the journal of a merge into this output; `nil` if there is none.
+  private func journalLines(_ name: String) -> Int? {
+    FileManager.default.contents(atPath: folder(".\(name).merge-journal"))?
+      .count { $0 == UInt8(ascii: "\n") }
+  }
+
+  /// Kills a merge when its journal has a heading and `pieces` pieces, or some more.
+  /// - Returns: how many it has, and the merge is dead.
+  private func killMerge(_ recipe: String, into name: String, after pieces: Int) throws -> Int {
+    // A merge that was done before we looked is no fault of it: another one may be met.
+    while true {
+      let process = try start(recipe, into: folder(name))
+      while process.isRunning, journalLines(name) ?? 0 < pieces + 1 { usleep(200) }
       kill(process.processIdentifier, SIGKILL)
       process.waitUntilExit()
-      let result = try smelt("merge", "--quiet", "--resume", "--force", recipe, folder(name))
-      #expect(result.code == 0, "round \(round): \(result.errors)")
-      tookOver += result.errors.contains("took over 0 B") ? 0 : 1
-      let merged = try Checkpoint.open(folder(name))
-      for tensor in expected.manifest.tensors {
-        #expect(try merged.bytes(of: merged.tensor(tensor.name)) == expected.bytes(of: tensor))
+      if process.terminationReason == .uncaughtSignal, let lines = journalLines(name) {
+        return lines - 1
       }
-      let left = try folder.names.filter { $0.hasPrefix(".") }
-      #expect(left == [], "round \(round)")
       try FileManager.default.removeItem(atPath: folder(name))
     }
-    #expect(tookOver > 0)
+  }
+
+  /// Goes on with a killed merge and compares what comes out with an undisturbed one.
+  private func resume(_ recipe: String, into name: String, _ moment: Comment) throws -> String {
+    let result = try smelt("merge", "--quiet", "--resume", "--force", recipe, folder(name))
+    #expect(result.code == 0, "\(moment): \(result.errors)")
+    let (merged, expected) = (
+      try Checkpoint.open(folder(name)), try Checkpoint.open(folder("whole"))
+    )
+    for tensor in expected.manifest.tensors {
+      #expect(try merged.bytes(of: merged.tensor(tensor.name)) == expected.bytes(of: tensor))
+    }
+    #expect(try folder.names.filter { $0.hasPrefix(".") } == [], moment)
+    try FileManager.default.removeItem(atPath: folder(name))
+    return result.errors
+  }
+
+  @Test(arguments: ["out", "out.safetensors"], [0, 1, 7, 20, 35])
+  func `a killed merge is gone on with to the same bytes`(name: String, pieces: Int) throws {
+    let recipe = try makeManyTensors()
+    #expect(try smelt("merge", "--quiet", recipe, folder("whole")).code == 0)
+    let finished = try killMerge(recipe, into: name, after: pieces)
+    let size =
+      finished < 20
+      ? "\(finished * 50).0 KB" : String(format: "%.2f MB", Double(finished) / 20)
+    let errors = try resume(recipe, into: name, "killed after \(finished) pieces")
+    #expect(
+      finished == 0
+        || errors == "smelt: took over \(size) that the interrupted merge had finished\n",
+      "\(finished) pieces: \(errors)")
+  }
+
+  @Test(arguments: ["out", "out.safetensors"])
+  func `killed at any moment, a merge can be gone on with to the same bytes`(name: String) throws {
+    let recipe = try makeManyTensors()
+    #expect(try smelt("merge", "--quiet", recipe, folder("whole")).code == 0)
+    var random = SeededGenerator(seed: 5)
+    for round in 0..<6 {
+      let process = try start(recipe, into: folder(name))
+      usleep(UInt32.random(in: 5_000...200_000, using: &random))
+      kill(process.processIdentifier, SIGKILL)
+      process.waitUntilExit()
+      _ = try resume(recipe, into: name, "round \(round)")
+    }
+  }
+
+  @Test(arguments: ["linear", "ties"])
+  func `an input that is written to meanwhile is one sentence and nothing is left`(
+    method: String
+  ) throws {
+    for name in ["a", "b"] {
+      try FileManager.default.createDirectory(
+        atPath: folder(name), withIntermediateDirectories: true)
+      try Checkpoint.write(
+        [
+          try SmallTensor(
+            "weight", [1000, 1000], Array(repeating: name == "a" ? 1 : 2, count: 1_000_000))
+        ],
+        to: folder("\(name)/model.safetensors"))
+    }
+    let recipe = try write(
+      """
+      merge_method: \(method)
+      \(method == "ties" ? "base_model: @a" : "")
+      models: [{model: @a}, {model: @b}]
+      parameters: {weight: 0.5\(method == "ties" ? ", density: 0.5" : "")}
+      """)
+    let changed = folder("b/model.safetensors")
+    let whole = try Data(contentsOf: URL(filePath: changed))
+    let file = try #require(FileHandle(forWritingAtPath: changed))
+    // A merge that has ended before the file was written to is no fault of it: up to fifty tries.
+    for isTruncated in [false, true] {
+      var errors = ""
+      for _ in 0..<50 where errors.isEmpty {
+        errors = try mergeWhile(recipe) { round in
+          if isTruncated {
+            try file.truncate(atOffset: 4096)
+          } else {
+            try file.seek(toOffset: UInt64(whole.count / 2))
+            try file.write(contentsOf: Data(repeating: round, count: whole.count / 2))
+          }
+        }
+        try whole.write(to: URL(filePath: changed))
+        if errors.isEmpty { try FileManager.default.removeItem(atPath: folder("out")) }
+      }
+      #expect(errors.hasPrefix("Error: \(changed): "), "\(errors)")
+      #expect(errors.count { $0 == "\n" } == 1, "\(errors)")
+      #expect(try folder.names == ["a", "b", "errors", "recipe.yml"])
+    }
+  }
+
+  /// Merges into `out` in little memory, and calls `disturb` again and again meanwhile.
+  /// - Returns: what the command says of it; empty if it succeeds.
+  private func mergeWhile(_ recipe: String, _ disturb: (UInt8) throws -> Void) throws -> String {
+    let process = Process()
+    process.executableURL = builtCommand
+    process.arguments = ["merge", "--quiet", "--memory", "1MiB", recipe, folder("out")]
+    try Data().write(to: URL(filePath: folder("errors")))
+    process.standardError = FileHandle(forWritingAtPath: folder("errors"))
+    try process.run()
+    // The journal is made after the files are opened and before they are read.
+    while process.isRunning, journalLines("out") == nil { usleep(100) }
+    var round: UInt8 = 0
+    while process.isRunning {
+      try disturb(round)
+      round &+= 1
+      usleep(1000)
+    }
+    process.waitUntilExit()
+    #expect(process.terminationReason == .exit)
+    #expect(process.terminationStatus == (try text("errors").isEmpty ? 0 : 1))
+    return try text("errors")
   }
 }

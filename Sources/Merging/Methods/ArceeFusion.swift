@@ -40,9 +40,9 @@ struct ArceeFusion: TensorMerge {
 
   func combine(_ next: Observation, into total: inout Observation) { total += next }
 
-  mutating func learn(_ total: Observation) {
+  mutating func learn(_ total: Observation) throws(PassesDiffer) {
     statistics = total
-    statistics.finishPass()
+    try statistics.finishPass()
     guard statistics.isComplete else { return }
     let quartiles = ranks.map { statistics[$0].magnitude }
     threshold = quartiles[1] + 1.5 * (quartiles[2] - quartiles[0])

@@ -68,13 +68,13 @@ struct SelectCalculateErase: TensorMerge {
     for model in next.squares.indices { total.squares[model] += next.squares[model] }
   }
 
-  mutating func learn(_ total: Observation) {
+  mutating func learn(_ total: Observation) throws(PassesDiffer) {
     switch selection {
     case .uncounted:
       let kept = Int(Double(total.varying) * share)
       selection = .band(RankBand(keeping: elementCount - kept..<elementCount))
     case .band(var band) where !band.isKnown:
-      band.learn(total.band)
+      try band.learn(total.band)
       selection = .band(band)
     case .all, .band:
       let means = total.squares.map { Float($0 / Double(max(1, elementCount))) }

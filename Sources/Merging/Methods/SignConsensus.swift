@@ -226,11 +226,11 @@ struct SignConsensus: TensorMerge {
     }
   }
 
-  mutating func learn(_ total: Observation) {
+  mutating func learn(_ total: Observation) throws(PassesDiffer) {
     guard bandsAreKnown else {
       for model in masks.indices {
         guard case .band(var band) = masks[model] else { continue }
-        band.learn(total.bands[model])
+        try band.learn(total.bands[model])
         masks[model] = .band(band)
       }
       return

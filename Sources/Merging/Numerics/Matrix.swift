@@ -30,7 +30,10 @@ public struct Matrix<Scalar: Sendable & Equatable>: Sendable, Equatable {
 }
 
 /// OpenBLAS starts a thread a core; we are parallel above it.
-let singleThreadedBLAS: Void = openblas_set_num_threads(1)
+let singleThreadedBLAS: Void = smelt_keep_blas_to_one_thread()
+
+/// Ends the threads that OpenBLAS has started on being loaded. They spin, so a command does this first.
+public func keepBLASToOneThread() { _ = singleThreadedBLAS }
 
 /// A factor of a product, as it is or transposed.
 enum Factor<Scalar: Sendable & Equatable> {

@@ -65,9 +65,10 @@ public struct OrderStatistics: Sendable {
   }
 
   /// Ends a pass over all values.
-  public mutating func finishPass() {
+  /// - Throws: `PassesDiffer` if the values of the passes cannot have been the same.
+  public mutating func finishPass() throws(PassesDiffer) {
     guard !isComplete else { return }
-    if isInSecondPass { finishSecondPass() } else { finishFirstPass() }
+    if isInSecondPass { try finishSecondPass() } else { finishFirstPass() }
   }
 
   /// The statistic of a rank that was asked for, after the last pass.
@@ -92,15 +93,15 @@ public struct OrderStatistics: Sendable {
     counts = []
   }
 
-  private mutating func finishSecondPass() {
-    precondition(!counts.isEmpty, "the passes differ")
+  private mutating func finishSecondPass() throws(PassesDiffer) {
+    precondition(!counts.isEmpty, "a pass without values")
     for (index, upper) in wanted.enumerated() {
       locate(
         in: counts[index << 15..<(index + 1) << 15], smallerCount: smallerCounts[index],
         bitsOf: { upper << 15 | UInt32($0) }, into: &found)
     }
     counts = []
-    precondition(isComplete, "the passes differ")
+    guard isComplete else { throw PassesDiffer() }
   }
 
   /// Appends the statistics of all further ranks that lie within these counters.

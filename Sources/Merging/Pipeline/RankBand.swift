@@ -84,10 +84,11 @@ struct RankBand: Sendable {
     }
   }
 
-  mutating func learn(_ total: Observation) {
+  /// - Throws: `PassesDiffer` if the values of the passes cannot have been the same.
+  mutating func learn(_ total: Observation) throws(PassesDiffer) {
     switch (stage, total) {
     case (.selecting, .statistics(var statistics)) where !kept.isEmpty:
-      statistics.finishPass()
+      try statistics.finishPass()
       stage = .selecting(statistics)
       if statistics.isComplete {
         setEnds(statistics[kept.lowerBound], statistics[kept.upperBound - 1])
@@ -100,6 +101,7 @@ struct RankBand: Sendable {
         belowLower += Int(tile.lower)
         belowUpper += Int(tile.upper)
       }
+      guard belowLower == lower.equal, belowUpper == upper.equal else { throw PassesDiffer() }
       stage = .known
     default: break
     }

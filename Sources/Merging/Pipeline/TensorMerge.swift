@@ -31,7 +31,8 @@ public protocol TensorMerge: Sendable {
   /// Adds what was seen of the elements that follow.
   func combine(_ next: Observation, into total: inout Observation)
   /// Draws the conclusion of a whole pass.
-  mutating func learn(_ total: Observation)
+  /// - Throws: `PassesDiffer` if the passes cannot have seen the same values.
+  mutating func learn(_ total: Observation) throws(PassesDiffer)
   /// Makes row 0 of the output. Both tiles may be worked in.
   func merge(_ tile: inout Tile, at position: Int, into output: inout Tile)
 }

@@ -45,6 +45,7 @@ public struct Recipe: Sendable {
   public var dtype: DType?
   public var outputType: DType?
   public var tokenizer: Tokenizer?
+  /// A template, or the name of one: `chatml`, or `auto` for the one that most models have.
   public var chatTemplate: String?
 
   /// Every model that occurs, each once, in the order of its first mention; the base last if it
@@ -160,7 +161,9 @@ extension Recipe {
       node, "tokenizer", keys: ["source", "tokens", "pad_to_multiple_of"])
     for unsupported in ["tokens", "pad_to_multiple_of"] {
       if let node = parts[unsupported] {
-        throw reader.error(node, "tokenizer.\(unsupported) is not supported")
+        throw reader.error(
+          node, "tokenizer.\(unsupported) is not supported",
+          remedy: "change the models' vocabularies before they are merged")
       }
     }
     return try parts["source"].map { node in try reader.tokenizerSource(node) }
@@ -226,8 +229,13 @@ extension RecipeReader {
       return text
     }
     let keys = try mapping(node, "a model", keys: ["model", "lora", "override_architecture"])
-    for unsupported in ["lora", "override_architecture"] {
-      if let node = keys[unsupported] { throw error(node, "\(unsupported) is not supported") }
+    if let node = keys["lora"] {
+      throw error(node, "lora is not supported", remedy: "merge it into its base first")
+    }
+    if let node = keys["override_architecture"] {
+      throw error(
+        node, "override_architecture is not supported",
+        remedy: "leave it out: tensors are matched by their names")
     }
     guard let inner = keys["model"] else { throw error(node, "model is missing") }
     guard case .mapping = inner.content else { return try text(inner, "a model") }
@@ -257,10 +265,11 @@ extension RecipeReader {
   /// A template itself, which has braces, or the name of one.
   fileprivate func chatTemplate(_ node: RecipeNode) throws -> String {
     let template = try text(node, "chat_template")
-    guard template.contains("{") || template == "chatml" else {
+    guard template.contains("{") || ["auto", "chatml"].contains(template) else {
       throw error(
         node, "chat_template \(quoted(template)) is not known",
-        remedy: "write the template itself, or chatml, or leave it out to keep the model's own")
+        remedy:
+          "write the template itself, auto, or chatml, or leave it out to keep the model's own")
     }
     return template
   }
