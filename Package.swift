@@ -41,7 +41,8 @@ let package = Package(
 
     .target(name: "TestSupport", dependencies: ["Checkpoints"], path: "Tests/TestSupport"),
     .testTarget(name: "CheckpointsTests", dependencies: ["Checkpoints", "TestSupport"]),
-    .testTarget(name: "MergingTests", dependencies: ["Merging", "Checkpoints", "TestSupport"]),
+    .testTarget(
+      name: "MergingTests", dependencies: ["Merging", "Checkpoints", "CKernels", "TestSupport"]),
     .testTarget(name: "SmeltTests", dependencies: ["smelt", "Checkpoints", "TestSupport"]),
   ],
   swiftLanguageModes: [.v6]

@@ -33,8 +33,10 @@ from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
-# The linear map that sees the MLP's input and therefore asks the router, in every architecture.
+# The linear map that sees the module's input first and therefore asks the router, in every
+# architecture: of an MLP, and of an attention.
 FIRST_MAPS = {"fc1", "intermediate.dense", "gate_proj", "gate_up_proj", "wi", "wi_0", "c_fc"}
+FIRST_MAPS |= {"q_proj", "self.query", "attention.query", "q_lin", "qkv", "q", "qkv_proj", "query_key_value", "c_attn"}
 
 
 # --- Reading mixtures ---

@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent / "minilm"))
 from evaluate import Judge  # noqa: E402
 
-LAMBDAS = [0.2, 0.4, 0.6, 0.8, 1.0]
+LAMBDAS = [0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0]
 METHODS = {
     "task arithmetic": ("task_arithmetic", None),
     "awd-row + task arithmetic": ("task_arithmetic", "awd-row"),
@@ -45,7 +45,7 @@ def merge(folder, tasks, method, cleaning, scaling, place):
     return output, said[0] if said else ""
 
 
-def main(folder, texts):
+def main(folder, texts, methods):
     folder = folder.absolute()
     validation, test = Judge(folder, "validation"), Judge(folder, "test")
     for part in validation.parts:
@@ -54,7 +54,8 @@ def main(folder, texts):
     print(f"\n{'mean validation accuracy at λ =':40}" + "".join(f"{x:7}" for x in LAMBDAS))
     chosen = []
     with tempfile.TemporaryDirectory() as place:
-        for label, (method, cleaning) in METHODS.items():
+        for label in methods:
+            method, cleaning = METHODS[label]
             means = []
             for scaling in LAMBDAS:
                 # TIES with normalisation is a mean; λ up to k makes it as long as a sum.
@@ -82,6 +83,7 @@ def main(folder, texts):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--validation", type=int, default=160, help="validation texts a task")
+    parser.add_argument("--validation", type=int, default=480, help="validation texts a task")
+    parser.add_argument("--method", action="append", choices=METHODS, help="give it once for each; default: all")
     arguments = parser.parse_args()
-    main(arguments.folder, arguments.validation)
+    main(arguments.folder, arguments.validation, arguments.method or METHODS)

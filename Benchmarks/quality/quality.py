@@ -13,6 +13,7 @@ size of the file in models.
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -49,6 +50,8 @@ MIXTURES = [
     ),
     ("int8 task vectors", ["--store", "int8"], OUTPUT + CHOSEN, PROGRESSIVE),
     ("int4 task vectors", ["--store", "int4"], OUTPUT + CHOSEN, PROGRESSIVE),
+    ("attention too, int4", ["--attention", "--store", "int4"], OUTPUT, PROGRESSIVE),
+    ("the same, linear routers", ["--attention", "--store", "int4", "--router-depth", "1"], OUTPUT, PROGRESSIVE),
     ("rank 16 task vectors", ["--store", "lowrank", "--rank", "16"], OUTPUT + CHOSEN, PROGRESSIVE),
     ("AWD + WEMoE", ["--clean", "awd-row"], OUTPUT + CHOSEN, PROGRESSIVE),
 ]
@@ -250,6 +253,7 @@ def main():
     parser.add_argument("--routing", type=Path, help="the report of calibrate for the mixture with λ chosen")
     parser.add_argument("--texts", type=int, default=1200, help="test texts a task (minilm)")
     parser.add_argument("--samples", type=int, default=256, help="calibration texts a task (minilm)")
+    parser.add_argument("--only", default="", help="measure the mixtures whose label matches this expression alone")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         scratch = Path(scratch)
@@ -259,7 +263,7 @@ def main():
             "minilm": lambda: MiniLM(arguments.folder, arguments.texts, arguments.samples, scratch),
         }[arguments.suite]()
         rows = []
-        for row in measure(suite, scratch, arguments.routing):
+        for row in measure(suite, scratch, arguments.routing, arguments.only):
             # After every row, so that a long run that is stopped leaves what it has measured.
             rows.append(row)
             if arguments.results:
@@ -268,7 +272,7 @@ def main():
                 arguments.picture.write_text(picture(suite.name, rows))
 
 
-def measure(suite, scratch, routing):
+def measure(suite, scratch, routing, only):
     """Print the table's rows and yield them."""
     model_size = suite.path("base").stat().st_size
     own = [accuracies(suite, dense(suite, suite.path(task)), [task])[0] for task in suite.tasks]
@@ -295,11 +299,13 @@ def measure(suite, scratch, routing):
         values += accuracies(suite, dense(suite, scratch / "collapsed.safetensors"), [task])
     yield row("WEMoE, routed by hand", values, (scratch / "raw.safetensors").stat().st_size / model_size)
     for label, *steps in MIXTURES:
+        if not re.search(only, label):
+            continue
         path, said = mixture(suite, scratch, *steps)
         for line in said.splitlines():
             if line.endswith("←"):
                 label += f" (λ {line.split()[0]})"
-        if routing and label.startswith("the same"):
+        if routing and label.startswith("the same, λ"):
             routing.write_text((scratch / "report.svg").read_text())
         model = wemoe.load(path, suite.config, suite.model_class)
         yield row(label, accuracies(suite, model), path.stat().st_size / model_size)

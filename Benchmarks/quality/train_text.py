@@ -2,7 +2,7 @@
 
     python train_text.py FOLDER
 
-Texts, tasks and training are those of ../disentangle/train_encoder.py; the encoder is
+Texts, tasks and training are those of train_encoder.py; the encoder is
 transformers' BertModel, so that `smelt activations` and wemoe.py can run it. FOLDER gets
 config.json, base, experts and heads as safetensors, test.npz, and inputs.safetensors: 64 unlabelled
 training texts a task, for calibration.
@@ -16,8 +16,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import BertConfig, BertModel
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "disentangle"))
-import train_encoder  # noqa: E402
+import train_encoder
 
 SAMPLES = 64
 CONFIG = BertConfig(

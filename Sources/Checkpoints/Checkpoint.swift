@@ -111,6 +111,8 @@ extension TensorSource {
 public protocol TensorSink: Sendable {
   /// The tensors that will be written, fixed when the sink was made.
   var manifest: Manifest { get }
+  /// What the output will lack though nothing is wrong, a sentence each.
+  var warnings: [String] { get }
 
   /// Writes some of the tensor's bytes, from byte `offset` on. Each byte is written once.
   func write(_ bytes: RawSpan, of tensor: TensorInfo, at offset: Int) throws(CheckpointError)
@@ -121,6 +123,10 @@ public protocol TensorSink: Sendable {
 
   /// Makes the whole durable, if that has not been done, and moves it to its place.
   func finish() throws(CheckpointError)
+}
+
+extension TensorSink {
+  public var warnings: [String] { [] }
 }
 
 extension Checkpoint {
@@ -144,8 +150,11 @@ public protocol CheckpointFormat: SendableMetatype {
     throws(CheckpointError) -> any TensorSink
   /// Writes everything a source holds; a format that wants to see the data before it lays the
   /// file out does it here.
+  /// - Returns: the sink's warnings.
+  @discardableResult
   static func write(
-    _ source: any TensorSource, to path: String, _ options: WritingOptions, workers: Int) throws
+    _ source: any TensorSource, to path: String, _ options: WritingOptions, workers: Int
+  ) throws -> [String]
 }
 
 /// How a checkpoint is written, beside what it holds. A format takes what concerns it.
@@ -250,16 +259,19 @@ public enum Checkpoint {
 
   /// Writes everything a source holds to a new checkpoint, byte for byte; the path says what it
   /// will be, as for `create`.
+  /// - Returns: what the output lacks though nothing is wrong, a sentence each.
+  @discardableResult
   public static func write(
     _ source: any TensorSource, to path: String, _ options: WritingOptions = WritingOptions(),
     workers: Int = 2
-  ) throws {
+  ) throws -> [String] {
     if path.hasSuffix("/") {
       let sink = try ModelFolder.create(path, source.manifest, options)
       try source.copy(into: sink, workers: workers)
-      return try sink.finish()
+      try sink.finish()
+      return sink.warnings
     }
-    try format(writing: path).write(source, to: path, options, workers: workers)
+    return try format(writing: path).write(source, to: path, options, workers: workers)
   }
 }
 
@@ -270,11 +282,13 @@ extension CheckpointFormat {
     try create(path, manifest, WritingOptions())
   }
 
+  @discardableResult
   public static func write(
     _ source: any TensorSource, to path: String, _ options: WritingOptions, workers: Int
-  ) throws {
+  ) throws -> [String] {
     let sink = try create(path, source.manifest, options)
     try source.copy(into: sink, workers: workers)
     try sink.finish()
+    return sink.warnings
   }
 }

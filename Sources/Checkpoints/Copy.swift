@@ -7,13 +7,14 @@ extension TensorSource {
     try copy(tensors ?? sink.manifest.tensors, into: sink, workers: workers)
   }
 
-  /// Memory is `workers` pieces of 4 MiB, whatever the tensors' sizes.
+  /// Memory is `workers` pieces of 2 MiB, whatever the tensors' sizes.
   /// - Throws: before the sink has been finished, if a tensor does not have its recorded checksum
   ///   or the source was changed meanwhile.
   public func copy(_ tensors: [TensorInfo], into sink: any TensorSink, workers: Int) throws {
     let originals = try tensors.map { try tensor($0.name) }
     let comparison = ChecksumComparison(originals, of: self)
-    let pieces = Pieces(of: tensors, size: 4 * TensorChecksum.blockSize)
+    // What a processor has at hand between reading and writing it.
+    let pieces = Pieces(of: tensors, size: 2 * TensorChecksum.blockSize)
     try forEachStep(count: pieces.count, workers: workers) {
       Buffer(byteCount: pieces.largest)
     } body: { step, buffer in
@@ -23,6 +24,7 @@ extension TensorSource {
       try read(originals[position], at: range.lowerBound, into: &piece)
       comparison.add(piece.bytes, ofTensorAt: position, from: range.lowerBound)
       try sink.write(piece.bytes, of: tensor, at: range.lowerBound)
+      forget(range, of: originals[position])
     }
     try checkUnchanged()
     try comparison.refuseDamage(in: path)

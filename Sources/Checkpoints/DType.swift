@@ -132,6 +132,47 @@ extension DType {
   }
 }
 
+extension DType {
+  /// The numbers that the 256 codes of an eight-bit float stand for; nil for other types.
+  ///
+  /// OCP 8-bit Floating Point Specification 1.0, its E8M0 from OCP Microscaling Formats 1.0; the
+  /// types without infinities and negative zero (FNUZ) as in https://arxiv.org/abs/2206.02915.
+  var eightBitCodes: [Double]? {
+    let mantissaBits: Int
+    let bias: Int
+    switch self {
+    case .f8E5M2: (mantissaBits, bias) = (2, 15)
+    case .f8E4M3: (mantissaBits, bias) = (3, 7)
+    case .f8E5M2FNUZ: (mantissaBits, bias) = (2, 16)
+    case .f8E4M3FNUZ: (mantissaBits, bias) = (3, 8)
+    case .f8E8M0:
+      return (0..<256).map {
+        $0 == 255 ? .nan : Double(sign: .plus, exponent: $0 - 127, significand: 1)
+      }
+    default: return nil
+    }
+    let isUnsignedZero = self == .f8E5M2FNUZ || self == .f8E4M3FNUZ
+    return (0..<256).map { code in
+      let magnitude = code & 0x7F
+      if isUnsignedZero, code == 0x80 { return .nan }
+      if self == .f8E4M3, magnitude == 0x7F { return .nan }
+      if self == .f8E5M2, magnitude > 0x7C { return .nan }
+      let exponent = magnitude >> mantissaBits
+      let mantissa = magnitude & ((1 << mantissaBits) - 1)
+      // Subnormal numbers have the exponent 1 and no leading one.
+      let digits = exponent == 0 ? mantissa : mantissa + (1 << mantissaBits)
+      let isInfinite = self == .f8E5M2 && magnitude == 0x7C
+      let value =
+        isInfinite
+        ? .infinity
+        : Double(
+          sign: .plus, exponent: max(exponent, 1) - bias - mantissaBits,
+          significand: Double(digits))
+      return code == magnitude ? value : -value
+    }
+  }
+}
+
 /// The upper half of a Float, rounded to nearest even; a NaN stays a (quiet) NaN.
 @inline(__always)
 func bfloat16FromFloat(_ value: Float) -> UInt16 {

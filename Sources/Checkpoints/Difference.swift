@@ -21,16 +21,18 @@ public struct TensorDifference: Sendable {
   public let second: TensorInfo
   /// Whether type, shape and every bit are the same.
   public let isIdentical: Bool
-  /// Nil unless both have the same shape and floating-point types of 16 bits or more.
+  /// Nil unless both have the same shape and are numbers: neither of 4 or 6 bits, which share
+  /// bytes in an order that the format does not say, and complex both or neither.
   public let numbers: Numbers?
 
   /// The difference in numbers; NaN where a NaN or an infinity is in only one of the two.
   public struct Numbers: Equatable, Sendable {
-    /// The largest |a − b|.
+    /// The largest |a − b|; of complex numbers its absolute value.
     public let maximum: Double
     /// ‖a − b‖ / ‖a‖; zero where both are the same.
     public let relativeNorm: Double
-    /// The cosine of the angle between both; one where both are the same.
+    /// The cosine of the angle between both, real and imaginary parts taken as elements of their
+    /// own; one where both are the same.
     public let cosine: Double
   }
 }
@@ -40,6 +42,7 @@ extension Checkpoint {
   ///
   /// Memory is two pieces of a million elements a worker; the numbers are the same for every
   /// number of workers, because sums are taken a piece at a time in order.
+  /// - Throws: what cannot be read, or if one of the two was changed meanwhile.
   public static func difference(
     _ first: any TensorSource, _ second: any TensorSource, workers: Int = 2
   ) throws -> CheckpointDifference {
@@ -50,8 +53,7 @@ extension Checkpoint {
     // or of types that are numbers.
     let compared = pairs.indices.filter { pair in
       let (a, b) = pairs[pair]
-      return a.shape == b.shape
-        && (a.dtype == b.dtype || a.dtype.isArithmetic && b.dtype.isArithmetic)
+      return a.shape == b.shape && (a.dtype == b.dtype || a.dtype.isComparable(with: b.dtype))
     }
     let steps = compared.flatMap { pair in
       stride(from: 0, to: pairs[pair].0.elementCount, by: 1 << 20).map { begin in
@@ -67,6 +69,8 @@ extension Checkpoint {
         first, a, second, b, steps[step].elements, through: &buffers.left, &buffers.right)
       pieces.withLock { $0[step] = piece }
     }
+    try first.checkUnchanged()
+    try second.checkUnchanged()
     var sums = [PieceDifference?](repeating: nil, count: pairs.count)
     for pair in compared { sums[pair] = PieceDifference() }
     for (step, piece) in zip(steps, pieces.withLock { $0 }) { sums[step.pair]!.add(piece) }
@@ -77,7 +81,7 @@ extension Checkpoint {
         TensorDifference(
           first: pair.0, second: pair.1,
           isIdentical: pair.0.dtype == pair.1.dtype && sum?.isIdentical ?? false,
-          numbers: pair.0.dtype.isArithmetic && pair.1.dtype.isArithmetic ? sum?.numbers : nil)
+          numbers: pair.0.dtype.isComparable(with: pair.1.dtype) ? sum?.numbers : nil)
       })
   }
 }
@@ -116,14 +120,23 @@ private struct PieceDifference: Sendable {
         a.count == b.count && (a.count == 0 || memcmp(a.baseAddress!, b.baseAddress!, a.count) == 0)
       }
     }
-    guard first.isArithmetic, second.isArithmetic else { return }
+    guard first.isComparable(with: second) else { return }
+    let distances = first == second ? first.wideDistances(a, b, count: count) : nil
+    let parts = first == .c64 ? 2 : 1
     let (a, b) = (first.doubles(a, count: count), second.doubles(b, count: count))
-    for i in 0..<count {
+    var realPart = 0.0
+    for i in 0..<count * parts {
       let (x, y) = (a[i], b[i])
       // Equal infinities, and NaN beside NaN, are no difference.
-      let difference = x == y || (x.isNaN && y.isNaN) ? 0 : abs(x - y)
+      let isEqual = x == y || (x.isNaN && y.isNaN)
+      let difference = distances?[i] ?? (isEqual ? 0 : abs(x - y))
+      var distance = difference
+      if parts == 2 {
+        distance = i.isMultiple(of: 2) ? 0 : hypot(realPart, difference)
+        realPart = difference
+      }
       // `max` would lose a NaN.
-      maximum = difference <= maximum ? maximum : maximum.isNaN ? maximum : difference
+      maximum = distance <= maximum ? maximum : maximum.isNaN ? maximum : distance
       if difference == 0, !x.isFinite { continue }
       squares.first += x * x
       squares.second += y * y
@@ -151,16 +164,58 @@ private struct PieceDifference: Sendable {
 }
 
 extension DType {
-  /// Elements as `Double`, exactly.
+  /// Whether numbers of both types can be subtracted from each other.
+  fileprivate func isComparable(with other: DType) -> Bool {
+    bitWidth >= 8 && other.bitWidth >= 8 && (self == .c64) == (other == .c64)
+  }
+
+  /// Elements as `Double`: exactly, but for integers beyond 2⁵³; of complex ones both parts.
   fileprivate func doubles(_ bytes: RawSpan, count: Int) -> [Double] {
-    if self == .f64 {
-      return bytes.withUnsafeBytes { bytes in
-        (0..<count).map { bytes.loadUnaligned(fromByteOffset: 8 * $0, as: Double.self) }
+    func load<Element>(_ type: Element.Type, _ number: (Element) -> Double) -> [Double] {
+      bytes.withUnsafeBytes { bytes in
+        (0..<count).map {
+          number(bytes.loadUnaligned(fromByteOffset: MemoryLayout<Element>.size * $0, as: type))
+        }
       }
     }
-    var floats = [Float](repeating: 0, count: count)
-    var span = floats.mutableSpan
-    decode(bytes, into: &span)
-    return floats.map { Double($0) }
+    switch self {
+    case .bool, .u8: return load(UInt8.self) { Double($0) }
+    case .i8: return load(Int8.self) { Double($0) }
+    case .u16: return load(UInt16.self) { Double($0) }
+    case .i16: return load(Int16.self) { Double($0) }
+    case .u32: return load(UInt32.self) { Double($0) }
+    case .i32: return load(Int32.self) { Double($0) }
+    case .u64: return load(UInt64.self) { Double($0) }
+    case .i64: return load(Int64.self) { Double($0) }
+    case .f64: return load(Double.self) { $0 }
+    case .c64: return DType.f32.doubles(bytes, count: 2 * count)
+    case .bf16, .f16, .f32:
+      var floats = [Float](repeating: 0, count: count)
+      var span = floats.mutableSpan
+      decode(bytes, into: &span)
+      return floats.map { Double($0) }
+    case .f8E5M2, .f8E4M3, .f8E8M0, .f8E4M3FNUZ, .f8E5M2FNUZ:
+      let codes = eightBitCodes!
+      return load(UInt8.self) { codes[Int($0)] }
+    case .f4, .f6E2M3, .f6E3M2: preconditionFailure("\(rawValue) shares bytes")
+    }
+  }
+
+  /// |a − b| of integers of 64 bits, which as `Double` could be equal though they are not; nil for
+  /// other types.
+  fileprivate func wideDistances(_ a: RawSpan, _ b: RawSpan, count: Int) -> [Double]? {
+    func distances<Element: FixedWidthInteger & BitwiseCopyable>(_ type: Element.Type) -> [Double] {
+      (0..<count).map {
+        let x = a.unsafeLoadUnaligned(fromByteOffset: 8 * $0, as: type)
+        let y = b.unsafeLoadUnaligned(fromByteOffset: 8 * $0, as: type)
+        let difference = max(x, y) &- min(x, y)
+        return Double(UInt64(truncatingIfNeeded: difference))
+      }
+    }
+    switch self {
+    case .i64: return distances(Int64.self)
+    case .u64: return distances(UInt64.self)
+    default: return nil
+    }
   }
 }

@@ -61,7 +61,7 @@ struct TensorView: TensorSource {
     let stored = seen.map { originals[manifest.position(of: $0.name)!] }
     let comparison = ChecksumComparison(stored, of: source)
     // A power of two of whole blocks: of whole blocks also when it is cast.
-    let pieces = Pieces(of: stored, size: 4 * TensorChecksum.blockSize)
+    let pieces = Pieces(of: stored, size: 2 * TensorChecksum.blockSize)
     try forEachStep(count: pieces.count, workers: workers) {
       Buffer(byteCount: pieces.largest)
     } body: { step, buffer in
@@ -70,6 +70,7 @@ struct TensorView: TensorSource {
       var piece = buffer.first(range.count)
       try source.read(original, at: range.lowerBound, into: &piece)
       comparison.add(piece.bytes, ofTensorAt: position, from: range.lowerBound)
+      source.forget(range, of: original)
       guard original.dtype != seen[position].dtype else {
         return try sink.write(piece.bytes, of: tensors[position], at: range.lowerBound)
       }

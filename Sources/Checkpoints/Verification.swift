@@ -24,7 +24,7 @@ extension TensorSource {
   /// Reads every tensor and compares it with its recorded checksum.
   ///
   /// Memory is `workers` pieces of 4 MiB, whatever the tensors' sizes.
-  /// - Throws: what cannot be read.
+  /// - Throws: what cannot be read, or if the source was changed meanwhile.
   public func verifyData(workers: Int) throws -> Verification {
     let tensors = manifest.tensors
     let comparison = ChecksumComparison(tensors, of: self)
@@ -39,6 +39,7 @@ extension TensorSource {
       comparison.add(
         piece.bytes, ofTensorAt: pieces.position(ofTensorWith: step), from: range.lowerBound)
     }
+    try checkUnchanged()
     let unrecorded = comparison.unrecorded
     return Verification(
       damaged: comparison.damaged, checkedCount: tensors.count - unrecorded.count,

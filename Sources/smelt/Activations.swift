@@ -28,6 +28,9 @@ struct RecordActivations: ParsableCommand {
   @Flag(help: "Record every token, not their mean.")
   var tokens = false
 
+  @Flag(help: "Record what attention sees as well, for mixtures made with --attention.")
+  var attention = false
+
   @Flag(name: .customLong("final"), help: "Record 'last_hidden_state' as well.")
   var finalStates = false
 
@@ -40,6 +43,7 @@ struct RecordActivations: ParsableCommand {
     let pass = try transformer.pass(of: Checkpoint.open(model), for: samples)
     var options = ActivationRecording.Options()
     options.everyToken = tokens
+    options.attention = attention
     options.finalStates = finalStates
     let recording = try ActivationRecording(of: pass, over: samples, options)
     try refuse(writing: output, overInputs: [model, inputs])

@@ -12,7 +12,8 @@ struct Calibrate: ParsableCommand {
       16 to 256 unlabelled samples a task are enough.
 
       Each router is fitted to the tasks in closed form (ridge regression, its strength by \
-      leave-one-out) and, with --method output, from there to the experts' outputs. A quarter of \
+      leave-one-out) and, with --method output, from there to the experts' outputs; routers of \
+      attention, and one that all layers share, in closed form alone. A quarter of \
       the samples is held out to tell what a router does that has not seen them; the routers \
       that are written have seen all.
       """)

@@ -42,3 +42,19 @@ struct CleaningArguments: ParsableArguments {
     return cleaning
   }
 }
+
+extension CleaningReads {
+  /// Why something is read twice, and what would change that; nothing where it is not.
+  var sentence: String? {
+    guard groupsReadTwice > 0 else { return nil }
+    let share =
+      groups == 1 ? "the group that is cleaned does" : "\(groupsReadTwice) of \(groups) groups do"
+    return
+      "\(share) not fit the memory beside the tiles, and \(groupsReadTwice == 1 ? "is" : "are") read twice (\(ByteSize(bytes: bytesReadAgain)) again, from the page cache as far as it has room): for inner products and to be cleaned; --memory \(ByteSize(bytes: sufficientMemory).argument) would read all once"
+  }
+}
+
+extension ByteSize {
+  /// As an option takes it: rounded up to whole MiB.
+  var argument: String { "\((bytes + (1 << 20) - 1) >> 20)MiB" }
+}

@@ -65,7 +65,7 @@ struct Convert: ParsableCommand {
       try ModelFolder.sideFileWarnings(of: input).forEach(note)
       options.files = try configuration()
     }
-    try Checkpoint.write(view, to: output, options, workers: resources.jobs)
+    try Checkpoint.write(view, to: output, options, workers: resources.jobs).forEach(note)
     print("\(output): \(summary(of: view.manifest))")
   }
 

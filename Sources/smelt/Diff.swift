@@ -6,8 +6,8 @@ struct Diff: ParsableCommand {
     abstract: "Say how two checkpoints differ, tensor by tensor.",
     discussion: """
       max |a−b| is the largest difference of an element, relative is ‖a−b‖/‖a‖, cosine that of \
-      the angle between the two. The formats, the order of the tensors and the metadata do not \
-      count.
+      the angle between the two; types of 4 and 6 bits have none of these. The formats, the order \
+      of the tensors and the metadata do not count.
 
       Exit codes: 0 the same, 1 different or unreadable, 64 wrong usage.
       """)

@@ -51,6 +51,9 @@ struct Disentangle: ParsableCommand {
   @Flag(help: "Print the report as JSON for programs.")
   var json = false
 
+  @Flag(help: "Say what would be written and what it would take, and write nothing.")
+  var dryRun = false
+
   @OptionGroup var resources: Resources
 
   func run() throws {
@@ -63,7 +66,13 @@ struct Disentangle: ParsableCommand {
     let grams = try gram.map { try TaskVectorGrams(contentsOf: $0) }
     let places = try DisentanglementPlaces(output, disentangling, redundant: redundant)
     try places.refuse(overInputs: family.paths + (gram.map { [$0] } ?? []))
-    try places.makeFolder()
+    if dryRun { return sayPlan(of: disentangling) }
+    if gram != nil, options.cleaning.method.scope == .row {
+      note("--gram is not needed: rows are solved on the way, in one reading")
+    }
+    let isNewFolder = try places.makeFolder()
+    var isFinished = false
+    defer { if isNewFolder, !isFinished { places.removeFolderIfEmpty() } }
 
     let outputs = try places.create(for: disentangling)
     let summary = try disentangling.run(
@@ -73,7 +82,21 @@ struct Disentangle: ParsableCommand {
     try Checkpoint.finish(outputs.all)
     try summary.grams.write(to: places.grams)
     try DisentanglementPage(summary).write(to: places.page)
+    isFinished = true
     try say(summary, disentangling, places)
+  }
+
+  private func sayPlan(of disentangling: Disentangling) {
+    let cost = disentangling.cost(
+      memory: resources.memory.bytes, workers: resources.jobs, hasGrams: gram != nil,
+      hasRedundant: redundant != nil)
+    print(
+      "cleans \(disentangling.family.experts.count) task vectors by \(disentangling.options.cleaning)"
+    )
+    print(
+      "reads \(ByteSize(bytes: cost.bytesRead))\(cost.reads.groupsReadTwice > 0 ? "" : ", each byte once"), writes \(ByteSize(bytes: cost.bytesWritten)) to \(output)"
+    )
+    if let sentence = cost.reads.sentence { print(sentence) }
   }
 
   private func say(
@@ -134,14 +157,20 @@ struct DisentanglementPlaces {
     for path in all { try smelt.refuse(writing: path, overInputs: inputs) }
   }
 
-  func makeFolder() throws {
-    guard let folder else { return }
+  /// - Returns: whether there was none.
+  func makeFolder() throws -> Bool {
+    guard let folder else { return false }
+    let isNew = !FileManager.default.fileExists(atPath: folder)
     do {
       try FileManager.default.createDirectory(atPath: folder, withIntermediateDirectories: true)
     } catch {
       throw CheckpointError(file: folder, "cannot be made a folder: \(error.localizedDescription)")
     }
+    return isNew
   }
+
+  /// What was made for a run that failed should not stay.
+  func removeFolderIfEmpty() { if let folder { rmdir(folder) } }
 
   typealias Outputs = (
     experts: [any TensorSink], redundant: (any TensorSink)?, all: [any TensorSink]

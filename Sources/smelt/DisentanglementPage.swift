@@ -39,8 +39,10 @@ struct DisentanglementPage {
       \(figure("before", matrix(whole.before)))
       \(figure("after", matrix(whole.after)))
       </div>
+      <p class="legend">Blue: the same way, orange: opposite ways; the deeper, the more so.</p>
       <h2>Norm that each task keeps, in %</h2>
       \(retainedNorms)
+      <p class="legend">The deeper, the more was taken out; orange: less than 70 % is left, which is more than redundancy.</p>
       <h2>Mean |cos| between \(isByRow ? "rows" : "task vectors") of each layer, before (pale) and after</h2>
       \(bars)
       </main>
@@ -138,7 +140,7 @@ struct DisentanglementPage {
     code { color: var(--pale); font-size: 0.85rem; }
     ul { border-left: 3px solid var(--opposite); margin: 1rem 0; padding: 0.3rem 1rem 0.3rem 2rem; }
     .pair { display: flex; flex-wrap: wrap; gap: 1rem 3rem; } figure { margin: 0; }
-    figcaption { color: var(--pale); text-align: center; }
+    figcaption, .legend { color: var(--pale); } figcaption { text-align: center; } .legend { font-size: 0.85rem; }
     svg { display: block; max-width: none; font-size: 12px; } text { fill: var(--ink); }
     .same { fill: var(--same); } .opposite { fill: var(--opposite); } .on { fill: var(--on); }
     .frame { fill: none; stroke: var(--line); } .axis { stroke: var(--line); }

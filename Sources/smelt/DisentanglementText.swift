@@ -10,19 +10,25 @@ struct DisentanglementText: CustomStringConvertible, Encodable {
   var description: String {
     let isByRow = summary.cleaning.method.scope == .row
     let columns =
-      ["", isByRow ? "rows" : "groups", "|cos|", "cleaned"]
+      ["", isByRow ? "rows" : "tensors", "|cos|", "cleaned"]
       + (isByRow ? ["by row", "cleaned"] : []) + ["redundant"] + summary.experts
-    func row(_ name: String, _ report: DisentanglementReport) -> [String] {
-      [name, "\(report.groups)"]
+    // Tensors of wider groups are reported one by one, and the whole group by group.
+    func row(_ name: String, _ report: DisentanglementReport, _ count: Int) -> [String] {
+      [name, "\(count)"]
         + [report.before.meanAbsoluteCosine, report.after.meanAbsoluteCosine].map { decimal($0) }
         + (isByRow ? [report.meanCosineBefore, report.meanCosineAfter].map { decimal($0) } : [])
         + [percent(report.relativeRedundancy)] + report.retainedNorms.map { percent($0) }
     }
-    let rows = summary.layers.map { row($0.name, $0.report) } + [row("whole", summary.whole)]
+    let whole = summary.whole
+    let count = isByRow ? whole.groups : summary.tensors.count
+    let rows =
+      summary.layers.map { row($0.name, $0.report, $0.report.groups) }
+      + [row("whole", whole, count)]
     let table = Table(
       columns: columns, rows: rows, rightAligned: Set(columns.indices.dropFirst()))
+    let groups = isByRow ? "" : ", in \(whole.groups == 1 ? "one group" : "\(whole.groups) groups")"
     return """
-      \(summary.cleaning)
+      \(summary.cleaning)\(groups)
       Mean |cos| between task vectors before and after cleaning; the redundant vector's norm over \
       the task vectors' mean norm; the norm that each task keeps:
       \(table)

@@ -136,6 +136,7 @@ struct Merge: ParsableCommand {
         remedy: "look for them in the inputs, or leave out --strict")
     }
     try sink.finish()
+    sink.warnings.forEach(note)
     cleaning?.warnings.forEach(note)
     guard !quiet else { return }
     if let cleaning {
@@ -167,11 +168,12 @@ struct Merge: ParsableCommand {
       print("  \(count) of the tensors: \(explanation)")
     }
     print(
-      "reads \(ByteSize(bytes: cost.bytesRead)) in up to \(cost.passes) passes\(cost.tensorsReadAgain > 0 ? ", \(cost.tensorsReadAgain) tensors from disk in each" : ", each byte once from disk"), writes \(ByteSize(bytes: cost.bytesWritten))"
+      "reads \(ByteSize(bytes: cost.bytesRead)) in up to \(cost.passes) passes\(cost.tensorsReadAgain > 0 ? ", \(cost.tensorsReadAgain) tensors from disk in each" : cost.cleaning.groupsReadTwice > 0 ? "" : ", each byte once from disk"), writes \(ByteSize(bytes: cost.bytesWritten))"
     )
     print(
       "takes up to \(ByteSize(bytes: cost.memory)) of memory for tiles, \(resources.jobs) workers; the budget is \(resources.memory)"
     )
+    if let sentence = cost.cleaning.sentence { print(sentence) }
     if let free = freeSpace(for: output) {
       print(
         "needs \(ByteSize(bytes: cost.bytesWritten)) of disk; \(ByteSize(bytes: free)) are free")

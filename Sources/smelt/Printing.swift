@@ -39,4 +39,7 @@ func decimal(_ value: Double, _ digits: Int = 4) -> String {
 }
 
 /// A number with four significant digits.
-func scientific(_ value: Double) -> String { String(format: "%.3e", value) }
+func scientific(_ value: Double) -> String {
+  // C writes the sign of a NaN too.
+  value.isNaN ? "nan" : String(format: "%.3e", value)
+}

@@ -43,6 +43,14 @@ struct Upscale: ParsableCommand {
       valueName: "pattern"))
   var mlp: [String] = []
 
+  @Flag(
+    help: ArgumentHelp(
+      "Make modules of the attention's projections too, each with a router of its own.",
+      discussion:
+        "What attention learned is then kept as well, for about half as much more. FusionBench does not load such mixtures."
+    ))
+  var attention = false
+
   @Option(help: "The layers to upscale, such as 0-5,11; the others are merged.")
   var layers: LayerRange?
 
@@ -77,7 +85,7 @@ struct Upscale: ParsableCommand {
     help: ArgumentHelp(
       "wemoe, or mixtral: Llama-like experts as whole MLPs side by side, which transformers loads.",
       discussion:
-        "A Mixtral's gates are fitted to --activations. An output without a file's ending is a folder with config.json and the base's tokenizer."
+        "A Mixtral's gates are fitted to --activations, best recorded with --tokens. An output without a file's ending is a folder with config.json and the base's tokenizer."
     ))
   var format = Format.wemoe
 
@@ -103,6 +111,9 @@ struct Upscale: ParsableCommand {
   func validate() throws {
     guard (format == .mixtral) == (activations != nil) else {
       throw ValidationError("--format mixtral and --activations go together.")
+    }
+    guard !attention || format == .wemoe else {
+      throw ValidationError("--format mixtral cannot have --attention.")
     }
     guard (0...2).contains(routerDepth) else {
       throw ValidationError("--router-depth is 0, 1 or 2.")
@@ -144,32 +155,15 @@ struct Upscale: ParsableCommand {
       models, scaling: scaling, activations: Checkpoint.open(activations!),
       expertsPerToken: min(expertsPerToken, family.experts.count))
     try refuse(writing: output, overInputs: family.paths + [activations!])
-    let text = sparse.configuration?.text
-    let sink: any TensorSink
-    var configuration: URL?
+    var options = WritingOptions()
     if writesFolder {
-      var options = WritingOptions()
       options.sideFilesOf = family.base
-      options.files = text.map { ["config.json": Array($0.utf8)] } ?? [:]
-      sink = try Checkpoint.create(folderPath, sparse.manifest, options)
-    } else {
-      let folder = URL(filePath: output).deletingLastPathComponent()
-      configuration = text == nil ? nil : folder.appending(path: "config.json")
-      for input in family.paths where configuration != nil {
-        let url = URL(filePath: input)
-        let own = isFolder(input) ? url : url.deletingLastPathComponent()
-        if own.standardizedFileURL == folder.standardizedFileURL {
-          throw MergeError(
-            "\(configuration!.path) is an input's", remedy: "write to a folder of its own")
-        }
-      }
-      sink = try Checkpoint.create(output, sparse.manifest)
+      options.files = sparse.configuration.map { ["config.json": Array($0.text.utf8)] } ?? [:]
     }
+    let path = writesFolder && !output.hasSuffix("/") ? output + "/" : output
+    let sink = try Checkpoint.create(path, sparse.manifest, options)
     let reports = try sparse.run(
       into: sink, memory: resources.memory.bytes, workers: resources.jobs)
-    if let configuration, let text {
-      try Data(text.utf8).write(to: configuration, options: .atomic)
-    }
     try models.checkUnchanged()
     try sink.finish()
     let rows = reports.map {
@@ -179,7 +173,11 @@ struct Upscale: ParsableCommand {
       Table(
         columns: ["module", "held-out routing", "sharpness"], rows: rows, rightAligned: [1, 2]))
     print("\(output): a Mixtral, \(summary(of: sparse.manifest))")
-    if sparse.configuration == nil { note("the base has no config.json to make one from") }
+    if sparse.configuration == nil {
+      note("the base has no config.json to make one from")
+    } else if !writesFolder {
+      note("transformers needs config.json too, which is written into a folder: -o NAME/")
+    }
   }
 
   /// Whether the output is a model's folder: its name ends in no format's ending.
@@ -190,8 +188,6 @@ struct Upscale: ParsableCommand {
       }
   }
 
-  private var folderPath: String { output.hasSuffix("/") ? output : output + "/" }
-
   private func options() throws -> Upscaling.Options {
     var options = Upscaling.Options()
     options.scaling = scaling
@@ -199,6 +195,7 @@ struct Upscale: ParsableCommand {
     options.seed = seed
     options.cleaning = try cleaning.cleaning(or: nil)
     if !mlp.isEmpty { options.mlps = try mlp.map { try TransformerMLP(pattern: $0) } }
+    if attention { options.mlps += TransformerMLP.attentions }
     options.layers = layers?.numbers
     options.pruning = prune
     options.gates = !sharedGate ? .own : duplicateGate ? .duplicated : .shared
@@ -214,12 +211,17 @@ struct Upscale: ParsableCommand {
     return options
   }
 
+  private func kinds(of upscaling: Upscaling) -> String {
+    upscaling.modules.contains { $0.mlp.isAttention } ? "MLP and attention" : "MLP"
+  }
+
   private func sayPlan(of upscaling: Upscaling) {
     let cost = upscaling.cost(
-      memory: resources.memory.bytes, withTaskVectors: taskVectors != nil)
+      memory: resources.memory.bytes, workers: resources.jobs,
+      withTaskVectors: taskVectors != nil)
     let rows = [
       ["experts", "\(upscaling.family.experts.count)"],
-      ["MLP modules", "\(upscaling.modules.count)"],
+      ["\(kinds(of: upscaling)) modules", "\(upscaling.modules.count)"],
       ["parameters", "\(millions(cost.parameters)) M"],
       ["  other than zero", "\(millions(cost.remaining)) M"],
       ["read", "\(ByteSize(bytes: cost.bytesRead)) (the MLPs \(cost.passes) ×)"],
@@ -227,13 +229,14 @@ struct Upscale: ParsableCommand {
       ["peak memory", "\(ByteSize(bytes: cost.peakMemory)) at most"],
     ]
     print(Table(columns: [output, ""], rows: rows))
+    if let sentence = cost.reads.sentence { print(sentence) }
   }
 
   private func millions(_ count: Int) -> String { decimal(Double(count) / 1e6, 2) }
 
   private func say(_ upscaling: Upscaling, _ report: Upscaling.Report) {
     print(
-      "\(output): \(upscaling.family.experts.count) experts in \(upscaling.modules.count) MLP modules, \(summary(of: upscaling.manifest))"
+      "\(output): \(upscaling.family.experts.count) experts in \(upscaling.modules.count) \(kinds(of: upscaling)) modules, \(summary(of: upscaling.manifest))"
     )
     if let taskVectors { print("\(taskVectors): \(summary(of: upscaling.taskVectorManifest))") }
     if let cleaning = report.cleaning {

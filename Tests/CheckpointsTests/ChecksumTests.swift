@@ -193,11 +193,20 @@ import Testing
     let error = try #require(throws: CheckpointError.self) {
       try Checkpoint.write(source, to: folder("copy.h5"))
     }
-    #expect(
-      error.description
-        == "\(folder(name)): was changed while it was being read; "
-        + "try again when nothing writes to it")
+    let sentence =
+      "\(folder(name)): was changed while it was being read; try again when nothing writes to it"
+    #expect(error.description == sentence)
     #expect(try folder.names == [name])
+    let verifying = try #require(throws: CheckpointError.self) { try source.verifyData(workers: 1) }
+    #expect(verifying.description == sentence)
+    for (one, other) in try [
+      (source, Checkpoint.open(folder(name))), (Checkpoint.open(folder(name)), source),
+    ] {
+      let comparing = try #require(throws: CheckpointError.self) {
+        try Checkpoint.difference(one, other)
+      }
+      #expect(comparing.description == sentence)
+    }
   }
 
   @Test(arguments: ["copy.safetensors", "copy.h5", "copy/"])

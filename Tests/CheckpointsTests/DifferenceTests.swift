@@ -51,6 +51,53 @@ import Testing
     #expect(difference.numbers == .init(maximum: 0, relativeNorm: 0, cosine: 1))
   }
 
+  /// The largest difference between two tensors of these bytes.
+  private func maximum(_ dtype: DType, _ first: [UInt8], _ second: [UInt8]) throws -> Double? {
+    let folder = try TemporaryFolder()
+    let tensor = try TensorInfo(
+      name: "t", dtype: dtype, shape: [8 * first.count / dtype.bitWidth])
+    for (name, bytes) in [("1", first), ("2", second)] {
+      try write([tensor: bytes], to: folder("\(name).safetensors"))
+    }
+    return try Checkpoint.difference(
+      Checkpoint.open(folder("1.safetensors")), Checkpoint.open(folder("2.safetensors"))
+    ).common[0].numbers?.maximum
+  }
+
+  @Test(
+    arguments: [
+      (DType.bool, [0], [1], 1), (.u8, [255], [0], 255), (.i8, [255], [1], 2),
+      (.u16, [0, 1], [0, 0], 256), (.i16, [255, 255], [0, 0], 1),
+      (.u32, [255, 255, 255, 255], [0, 0, 0, 0], 4_294_967_295),
+      (.i32, [0, 0, 0, 128], [255, 255, 255, 127], 4_294_967_295),
+      // 2⁶³ and 2⁶³ − 1, the same as Double.
+      (.u64, [0, 0, 0, 0, 0, 0, 0, 128], [255, 255, 255, 255, 255, 255, 255, 127], 1),
+      (.i64, [0, 0, 0, 0, 0, 0, 0, 128], [255, 255, 255, 255, 255, 255, 255, 127], 0x1p64),
+      // 1 and 1.5, 2 and −2, 448 and −448, the smallest subnormal and zero.
+      (.f8E4M3, [0x38], [0x3C], 0.5), (.f8E4M3, [0x40], [0xC0], 4), (.f8E4M3, [0x7E], [0xFE], 896),
+      (.f8E4M3, [1], [0], 0x1p-9), (.f8E5M2, [0x3C], [0x3E], 0.5), (.f8E5M2, [1], [0], 0x1p-16),
+      (.f8E5M2, [0x7C], [0x7B], .infinity), (.f8E8M0, [127], [128], 1), (.f8E8M0, [0], [0], 0),
+      (.f8E4M3FNUZ, [0x40], [0x44], 0.5), (.f8E5M2FNUZ, [0x40], [0x42], 0.5),
+      (.f8E4M3FNUZ, [0x7F], [0], 240), (.f8E5M2FNUZ, [0x7F], [0], 57344),
+      // 3 + 4i and 0.
+      (.c64, [0, 0, 64, 64, 0, 0, 128, 64], [0, 0, 0, 0, 0, 0, 0, 0], 5),
+    ] as [(DType, [UInt8], [UInt8], Double)])
+  func `is told of every type that fills bytes`(
+    dtype: DType, first: [UInt8], second: [UInt8], expected: Double
+  ) throws {
+    #expect(try maximum(dtype, first, second) == expected)
+  }
+
+  @Test func `is not a number at the codes that are none`() throws {
+    for (dtype, code) in [
+      (DType.f8E4M3, 0x7F), (.f8E5M2, 0x7D), (.f8E8M0, 0xFF), (.f8E4M3FNUZ, 0x80),
+      (.f8E5M2FNUZ, 0x80),
+    ] as [(DType, UInt8)] {
+      #expect(try #require(try maximum(dtype, [code], [1])).isNaN)
+    }
+    #expect(try maximum(.f4, [1], [2]) == nil)
+  }
+
   @Test func `is told where Float could not hold it`() throws {
     let numbers = try #require(try difference([1], .f64, [1 + 0x1p-50], .f64).numbers)
     #expect(numbers.maximum == 0x1p-50)
@@ -106,6 +153,7 @@ import Testing
     #expect(difference.onlyInSecond.map { $0.name } == ["second"])
     let identical = difference.common.filter { $0.isIdentical }.map { $0.first.name }
     #expect(identical == ["empty"])
-    #expect(difference.common.filter { $0.numbers != nil }.map { $0.first.name } == ["empty"])
+    let numbers = difference.common.filter { $0.numbers != nil }.map { $0.first.name }
+    #expect(Set(numbers) == ["type", "empty"])
   }
 }

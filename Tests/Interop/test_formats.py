@@ -56,6 +56,61 @@ class Formats(unittest.TestCase):
         }
         save_file(self.arrays, self.out / "model.safetensors", {"format": "pt", "by": "wheel"})
 
+    def test_checksums_are_left_out_where_they_alone_make_the_header_too_large(self):
+        path, out = self.out / "many.safetensors", self.out / "out.safetensors"
+        names = [f"{i:03}".ljust(99_926, "x") for i in range(1000)]
+        save_file({name: np.ones(1, np.float32) for name in names}, path)
+        command = [SMELT, "convert", str(path), str(out), "--dtype", "BF16"]
+        refused = subprocess.run([*command, "--sha256"], capture_output=True, text=True)
+        self.assertEqual(refused.returncode, 1)
+        self.assertRegex(
+            refused.stderr,
+            r"\AError: .*/out.safetensors: would have a header of \d+ bytes; the format's limit is "
+            r"100000000; leave out --sha256 or write HDF5 instead\n\Z")
+        result = subprocess.run(command, capture_output=True, text=True, check=True)
+        self.assertEqual(
+            result.stderr,
+            f"smelt: {out}: written without checksums: they would make the header larger than "
+            "the format allows\n")
+        with safe_open(out, "np") as file:
+            self.assertEqual(set(file.keys()), set(names))
+        check = subprocess.run(
+            [SMELT, "verify", "--data", str(out)], capture_output=True, text=True, check=True)
+        self.assertIn("not checked: 1000 tensors have no recorded checksum", check.stdout)
+
+    def test_diff_reads_eight_bit_floats_as_ml_dtypes_does(self):
+        types = {
+            "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu",
+            "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz",
+        }  # fmt: skip
+
+        def write(name, arrays):
+            header, offset = {}, 0
+            for key, (dtype, array) in arrays.items():
+                header[key] = {
+                    "dtype": dtype, "shape": [], "data_offsets": [offset, offset + array.nbytes]}
+                offset += array.nbytes
+            text = json.dumps(header).encode()
+            (self.out / name).write_bytes(
+                len(text).to_bytes(8, "little") + text
+                + b"".join(array.tobytes() for _, array in arrays.values()))
+
+        codes, values = {}, {}
+        for dtype, name in types.items():
+            for code in range(256):
+                element = np.array(code, np.uint8)
+                value = element.view(getattr(ml_dtypes, name)).astype(np.float32)
+                codes[f"{dtype}.{code}"] = (dtype, element)
+                values[f"{dtype}.{code}"] = ("F32", value)
+        write("codes.safetensors", codes)
+        write("values.safetensors", values)
+        result = subprocess.run(
+            [SMELT, "diff", "--json", "codes.safetensors", "values.safetensors"], cwd=self.out,
+            capture_output=True, text=True)  # fmt: skip
+        tensors = json.loads(result.stdout)["tensors"]
+        self.assertEqual(len(tensors), 256 * len(types))
+        self.assertEqual([t["name"] for t in tensors if t["maximum"] != 0], [])
+
     def same(self, one, other, name):
         self.assertEqual(one.shape, other.shape, name)
         self.assertEqual(one.tobytes(), other.tobytes(), name)

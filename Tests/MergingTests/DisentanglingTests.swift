@@ -52,6 +52,26 @@ struct DisentanglingTests {
       experts: (1...experts).map { try .init(name: "expert\($0)", source: open($0)) })
   }
 
+  /// Three experts with a matrix of many tiles, whose rows are longer than a lane of any kernel.
+  private func largeFamily(_ dtype: DType) throws -> ModelFamily {
+    func open(_ number: Int) throws -> any TensorSource {
+      var generator = SeededGenerator(seed: 7)
+      let base = (0..<24_000).map { _ in Float.random(in: -1...1, using: &generator) }
+      generator = SeededGenerator(seed: UInt64(number))
+      let own = base.map {
+        number == 0 ? $0 : $0 + Float.random(in: -0.1...0.15, using: &generator)
+      }
+      let path = folder("large\(number).safetensors")
+      return try Checkpoint.open(
+        Checkpoint.write(
+          Self.model(number, dtype: dtype, seed: 2) + [
+            SmallTensor("layers.2.mlp.weight", [600, 40], dtype: dtype, own)
+          ], to: path))
+    }
+    return try ModelFamily(
+      base: open(0), experts: (1...3).map { try .init(name: "expert\($0)", source: open($0)) })
+  }
+
   private struct Outcome {
     var experts: [any TensorSource]
     var redundant: any TensorSource
@@ -226,12 +246,15 @@ struct DisentanglingTests {
   }
 
   @Test(
-    arguments: ["awd-row,rate=0.02", "awd-model,scope=tensor", "awd-model"],
-    [(1, 1 << 24), (2, 1 << 18), (3, 1 << 18)])
+    arguments: [
+      "awd-row,rate=0.02", "awd-model,scope=tensor", "awd-model,scope=block", "awd-model",
+    ],
+    [(1, 1 << 24), (1, 50_000), (2, 1 << 18), (3, 1 << 17), (5, 1 << 20)])
   func `workers and memory do not change a byte`(text: String, resources: (Int, Int)) throws {
-    let family = try family(dtype: .bf16)
+    let family = try largeFamily(resources.0 == 2 ? .f32 : .bf16)
     let cleaning = try Cleaning(text)
-    let one = try disentangle(family, cleaning, dtype: nil, workers: 1, name: "one")
+    let one = try disentangle(
+      family, cleaning, dtype: nil, memory: 1 << 26, workers: 1, name: "one")
     let other = try disentangle(
       family, cleaning, dtype: nil, memory: resources.1, workers: resources.0, name: "other")
     for (left, right) in zip(one.experts + [one.redundant], other.experts + [other.redundant]) {
@@ -347,6 +370,94 @@ struct DisentanglingTests {
     ) { try TaskVectorGrams(contentsOf: path) }
   }
 
+  @Test func `Gram matrices are in the order of the model whatever was left out`() throws {
+    let family = try family()
+    var cleaning = try Cleaning("awd-model,scope=block")
+    cleaning.exclude = ["*.0.attn.weight"]
+    let first = try disentangle(family, cleaning).summary.grams
+    #expect(first.tensors.map { $0.name } == Self.shapes.map { $0.name })
+    let measured = try TaskVectorGrams(of: family, memory: 1 << 20, workers: 2)
+    #expect(first.tensors.map { $0.gram } == measured.tensors.map { $0.gram })
+    _ = try disentangle(family, .model, grams: first, name: "again")
+  }
+
+  // MARK: What is read
+
+  @Test(arguments: ["awd-row", "awd-model,scope=tensor", "awd-model,scope=block", "awd-model"])
+  func `what fits is read once, and what does not as often as the plan says`(text: String) throws {
+    let files = try largeFamily(.bf16)
+    let sources = [CountingSource(files.base)] + files.experts.map { CountingSource($0.source) }
+    let family = try ModelFamily(
+      base: sources[0],
+      experts: zip(files.experts, sources.dropFirst()).map { .init(name: $0.name, source: $1) })
+    var options = Disentangling.Options()
+    options.cleaning = try Cleaning(text)
+    let plan = try Disentangling(family, options)
+    func bytesRead(memory: Int, grams: TaskVectorGrams? = nil) throws -> Int {
+      let before = sources.reduce(0) { $0 + $1.bytesRead }
+      let sinks = plan.manifests.map { MemorySink($0.tensors) }
+      try plan.run(into: sinks, grams: grams, memory: memory, workers: 2)
+      return sources.reduce(0) { $0 + $1.bytesRead } - before
+    }
+    let once = sources.reduce(0) { $0 + $1.manifest.byteCount }
+    let enough = plan.cost(memory: 1 << 20, workers: 2, hasGrams: false, hasRedundant: false)
+    #expect(enough.bytesRead == once && enough.reads.groupsReadTwice == 0)
+    #expect(try bytesRead(memory: 1 << 20) == once)
+    let little = plan.cost(memory: 1 << 18, workers: 2, hasGrams: false, hasRedundant: false)
+    #expect(try bytesRead(memory: 1 << 18) == little.bytesRead)
+    #expect((little.bytesRead > once) == (text != "awd-row"))
+    let grams = try TaskVectorGrams(of: files, memory: 1 << 20, workers: 2)
+    #expect(try bytesRead(memory: 1 << 18, grams: grams) == once)
+  }
+
+  @Test func `waves hold what fits and keep the order`() {
+    let waves = CleaningWave.waves(of: [10, 20, 70, 80, 5, 75], memory: 100, tiles: 0)
+    #expect(
+      waves == [
+        CleaningWave(groups: 0..<2, byteCount: 30, isHeld: true),
+        CleaningWave(groups: 2..<3, byteCount: 70, isHeld: true),
+        CleaningWave(groups: 3..<4, byteCount: 80, isHeld: false),
+        CleaningWave(groups: 4..<5, byteCount: 5, isHeld: true),
+        CleaningWave(groups: 5..<6, byteCount: 75, isHeld: true),
+      ])
+    #expect(CleaningWave.waves(of: [10], memory: 100, tiles: 95).map { $0.isHeld } == [false])
+    for (size, tiles) in [(75, 0), (10, 95), (1000, 7), (1, 1)] {
+      let memory = CleaningWave.memory(holding: size, tiles: tiles)
+      #expect(CleaningWave.waves(of: [size], memory: memory, tiles: tiles)[0].isHeld)
+    }
+  }
+
+  // MARK: What an expert lacks
+
+  @Test(arguments: [Cleaning.row, .model], Disentangling.Form.allCases)
+  func `an expert without a tensor of the base has the base's, and its own names are not kept`(
+    cleaning: Cleaning, form: Disentangling.Form
+  ) throws {
+    func steps(_ values: [Float]) throws -> SmallTensor {
+      try SmallTensor("steps", [2], dtype: .u8, values)
+    }
+    let base = try Self.model(0, dtype: .f32, seed: 1) + [steps([1, 2])]
+    let expert = try Self.model(1, dtype: .f32, seed: 1) + [steps([3, 4])]
+    let lacking = expert.filter { !["steps", "layers.1.mlp.weight"].contains($0.info.name) }
+    let prefixed = try expert.map {
+      try SmallTensor("model." + $0.info.name, $0.info.shape, dtype: $0.info.dtype, $0.values)
+    }
+    let family = try ModelFamily(
+      base: MemorySource(base),
+      experts: [
+        .init(name: "lacking", source: MemorySource(lacking)),
+        .init(name: "prefixed", source: MemorySource(prefixed)),
+      ])
+    let outcome = try disentangle(family, cleaning, form: form)
+    for expert in outcome.experts {
+      #expect(expert.manifest["layers.1.mlp.weight"]?.shape == [12, 40])
+      #expect((expert.manifest["steps"] != nil) == (form == .models))
+    }
+    guard form == .models else { return }
+    let found = try outcome.experts.map { try $0.integers(of: $0.tensor("steps")) }
+    #expect(found == [[1, 2], [3, 4]])
+  }
+
   // MARK: What cannot be cleaned
 
   @Test(arguments: [Cleaning.row, .model])
@@ -364,8 +475,9 @@ struct DisentanglingTests {
       base: family().base, experts: ["a", "b"].map { .init(name: $0, source: one) })
     let outcome = try disentangle(family, cleaning)
     #expect(
-      outcome.summary.warnings.contains(
-        "a and b have the same task vector: no redundant vector can tell them apart"))
+      outcome.summary.warnings == [
+        "a and b have the same task vector: no redundant vector can tell them apart"
+      ])
     for (name, _) in Self.shapes {
       #expect(try outcome.experts[0].floats(of: name).allSatisfy { $0.isFinite })
     }
@@ -413,6 +525,15 @@ struct DisentanglingTests {
     #expect(Array(cleaned[12..<24]) == Array(plain[12..<24]))
     #expect(Array(cleaned[0..<12]) != Array(plain[0..<12]))
     #expect(cleaned.allSatisfy { $0.isFinite })
+    // A file of these matrices says so too.
+    #expect(
+      throws: MergeError(
+        "tensor \"layers.0.mlp.weight\" has weights that are not finite numbers, so \"layers.0\" cannot be cleaned",
+        remedy: "leave it out with --exclude")
+    ) {
+      try disentangle(
+        family, Cleaning("awd-model,scope=block"), grams: outcome.summary.grams, name: "block")
+    }
   }
 }
 
@@ -473,6 +594,9 @@ struct CleaningTests {
       cleaning.description
         == "awd-model scope=block objective=abs optimizer=descent rate=0.5 momentum=0.9 weight_decay=0.0001 penalty=0.01 iterations=300 epsilon=0.0 exclude=*.bias"
     )
+    #expect(
+      try Cleaning("awd-row,optimizer=converged,penalty=none").description
+        == "awd-row scope=row objective=squared optimizer=converged iterations=5")
   }
 
   @Test(arguments: [
@@ -485,6 +609,16 @@ struct CleaningTests {
     ("awd-row,iterations=1.5", "iterations is a whole number up to 1000000, not \"1.5\""),
     ("awd-row,optimizer=adam", "optimizer is one of gd, sgd, converged, not \"adam\""),
     ("awd-row,optimizer=converged,rate=1", "the converged optimizer has no rate"),
+    ("awd-row,rate=1,optimizer=converged", "the converged optimizer has no rate"),
+    (
+      "awd-model,penalty=0.1,optimizer=converged",
+      "the converged optimizer has no penalty; it stops at the nearest redundant vector by itself; a descent (gd, sgd) takes a penalty"
+    ),
+    ("awd-row,optimizer=converged,epsilon=1", "the converged optimizer has no epsilon"),
+    (
+      "awd-row,optimizer=converged,objective=abs",
+      "the converged optimizer makes the squares of the cosines small, not abs"
+    ),
     ("awd-row,block", "\"block\" is not of the form name=value"),
     (
       "awd-row,gamma=1",

@@ -158,7 +158,8 @@ private let models: [NamedModel] = [
     let counts = try (1...8).map { count in
       let family = try ModelFamily(
         base: base, experts: (1...count).map { .init(name: "\($0)", source: base) })
-      return try Upscaling(family, .init()).cost(memory: 0, withTaskVectors: false).parameters
+      return try Upscaling(family, .init()).cost(memory: 0, workers: 1, withTaskVectors: false)
+        .parameters
     }
     let millions = counts.map { (Double($0) / 1e4).rounded() / 100 }
     #expect(millions == [177.21, 233.89, 290.57, 347.25, 403.93, 460.61, 517.28, 573.96])

@@ -32,20 +32,23 @@ struct ActivationsTests {
     #expect(result.code == 0, "\(arguments.joined(separator: " ")): \(result.errors)")
   }
 
-  @Test func `what routers were fitted to is what their mixture sees`() throws {
+  @Test(arguments: [[], ["--attention"]])
+  func `what routers were fitted to is what their mixture sees`(attention: [String]) throws {
     let inputs = try writeInputs()
     let models = Self.experts.flatMap {
       ["--expert", "\($0)=\(fixtures("digits/\($0).safetensors"))"]
     }
-    let upscaled = try smelt(["upscale", "--base", base] + models + ["-o", folder("moe.h5")])
+    let upscaled = try smelt(
+      ["upscale", "--base", base] + models + attention + ["-o", folder("moe.h5")])
     #expect(upscaled.code == 0)
     try succeed(
       "calibrate", folder("moe.h5"), "--progressive", inputs, "--heads", "4", "-o",
       folder("fitted.safetensors"))
     // Recorded from the result, the activations must lead to the same routers again.
-    try succeed(
-      "activations", folder("fitted.safetensors"), inputs, "--heads", "4", "--tokens", "-o",
-      folder("seen.safetensors"))
+    let recorded = try smelt(
+      ["activations", folder("fitted.safetensors"), inputs, "--heads", "4", "--tokens", "-o"]
+        + [folder("seen.safetensors")] + attention)
+    #expect(recorded.code == 0)
     try succeed(
       "calibrate", folder("moe.h5"), "--activations", folder("seen.safetensors"), "-o",
       folder("again.safetensors"))
@@ -145,6 +148,74 @@ struct ActivationsTests {
     #expect(
       result.errors.hasSuffix(
         "tensor \"pixel_values\": has images of [1, 6, 8], which do not make 16 patches of [1, 2, 2]; resize them to what the model was trained with\n"
+      ))
+  }
+
+  @Test func `padding of recorded texts counts for nothing`() throws {
+    let models = Self.experts.flatMap {
+      ["--expert", "\($0)=\(fixtures("digits/\($0).safetensors"))"]
+    }
+    _ = try smelt(["upscale", "--base", base] + models + ["-o", folder("moe.h5")])
+    try succeed(
+      "activations", base, try writeInputs(), "--heads", "4", "--tokens", "-o",
+      folder("bare.safetensors"))
+    // The same tokens, and three more of each sample that the mask takes out.
+    let bare = try Checkpoint.open(folder("bare.safetensors"))
+    let mask = try TensorInfo(name: "attention_mask", dtype: .i64, shape: [32, 20])
+    let tensors = try bare.manifest.tensors.map {
+      $0.name == "task"
+        ? $0 : try TensorInfo(name: $0.name, dtype: .f32, shape: [32, 20, $0.shape[2]])
+    }
+    let sink = try Checkpoint.create(folder("padded.safetensors"), Manifest(tensors + [mask]))
+    for tensor in tensors where tensor.name != "task" {
+      let values = try bare.floats(of: tensor.name)
+      let own = values.count / 32
+      let padding = Array(repeating: Float(9), count: tensor.elementCount / 32 - own)
+      let padded = (0..<32).flatMap { values[$0 * own..<($0 + 1) * own] + padding }
+      try sink.write(padded.span.bytes, of: tensor, at: 0)
+    }
+    let tasks = try bare.integers(of: bare.manifest["task"]!).map(Int64.init)
+    try sink.write(tasks.span.bytes, of: bare.manifest["task"]!, at: 0)
+    let isToken = (0..<32 * 20).map { Int64($0 % 20 < 17 ? 1 : 0) }
+    try sink.write(isToken.span.bytes, of: mask, at: 0)
+    try sink.finish()
+
+    for name in ["bare", "padded"] {
+      try succeed(
+        "calibrate", folder("moe.h5"), "--activations", folder("\(name).safetensors"),
+        "--method", "ridge", "-o", folder("\(name).h5"))
+    }
+    let (one, other) = (
+      try Checkpoint.open(folder("bare.h5")), try Checkpoint.open(folder("padded.h5"))
+    )
+    for tensor in one.manifest.tensors {
+      #expect(try one.bytes(of: tensor) == other.bytes(of: tensor), "\(tensor.name)")
+    }
+  }
+
+  @Test func `attention becomes modules that one expert's weights give back`() throws {
+    let models = Self.experts.flatMap {
+      ["--expert", "\($0)=\(fixtures("digits/\($0).safetensors"))"]
+    }
+    let upscaled = try smelt(
+      ["upscale", "--base", base, "--attention"] + models + ["-o", folder("moe.h5")])
+    #expect(upscaled.output.contains("4 experts in 8 MLP and attention modules"))
+    try succeed("collapse", folder("moe.h5"), "--expert", "rotated", "-o", folder("one.h5"))
+    let one = try Checkpoint.open(folder("one.h5"))
+    let expert = try Checkpoint.open(fixtures("digits/rotated.safetensors"))
+    for tensor in expert.manifest.tensors
+    where tensor.name.contains(".self_attn.") || tensor.name.contains(".mlp.") {
+      let (own, found) = (try expert.floats(of: tensor.name), try one.floats(of: tensor.name))
+      #expect(zip(own, found).allSatisfy { abs($0 - $1) < 1e-6 }, "\(tensor.name)")
+    }
+
+    try succeed(
+      "activations", base, try writeInputs(), "--heads", "4", "-o", folder("mlps.npz"))
+    let incomplete = try smelt(
+      "calibrate", folder("moe.h5"), "--activations", folder("mlps.npz"), "-o", folder("c.h5"))
+    #expect(
+      incomplete.errors.hasSuffix(
+        "mlps.npz: tensor \"vision_model.encoder.layers.0.self_attn\": is missing; record the inputs of attention too, with 'smelt activations --attention'\n"
       ))
   }
 

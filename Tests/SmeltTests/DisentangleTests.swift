@@ -116,6 +116,42 @@ struct DisentangleTests {
     #expect(try folder.names == [])
   }
 
+  @Test func `what fails leaves no folder, and what was there stays`() throws {
+    let failing = ["disentangle"] + Self.family.prefix(6) + ["--clean", "awd-model", "--gram"]
+    _ = try smelt(["gram"] + Self.family + ["-o", folder("g.safetensors")])
+    for _ in 0..<2 {
+      let result = try smelt(failing + [folder("g.safetensors"), "-o", folder("out")])
+      #expect(
+        result.errors
+          == "Error: the Gram matrices are of the experts upright, rotated, inverted, shuffled, not upright, rotated; give the same experts in the same order\n"
+      )
+      #expect(result.code == 1)
+    }
+    #expect(try folder.names == ["g.safetensors"])
+  }
+
+  @Test func `a plan says what is read twice and why, and writes nothing`() throws {
+    let plan = ["disentangle"] + Self.family + ["-o", folder("out"), "--dry-run", "--clean"]
+    let once = try smelt(plan + ["awd-model,scope=block"])
+    #expect(once.code == 0, "\(once.errors)")
+    #expect(once.output.contains(", each byte once, writes 3."))
+    let twice = try smelt(plan + ["awd-model", "--memory", "1MiB"])
+    #expect(
+      twice.output.contains(
+        "the group that is cleaned does not fit the memory beside the tiles, and is read twice ("))
+    #expect(try folder.names == [])
+  }
+
+  @Test func `Gram matrices are not needed for rows, which is said`() throws {
+    _ = try smelt(["gram"] + Self.family + ["-o", folder("g.safetensors")])
+    let result = try smelt(
+      ["disentangle"] + Self.family + ["-o", folder("x.h5"), "--gram", folder("g.safetensors")])
+    #expect(result.code == 0)
+    #expect(
+      result.errors.contains(
+        "smelt: --gram is not needed: rows are solved on the way, in one reading\n"))
+  }
+
   @Test func `no input is written over, the Gram matrices neither`() throws {
     _ = try smelt(["gram"] + Self.family + ["-o", folder("g.safetensors")])
     let before = try Checkpoint.open(folder("g.safetensors")).manifest.tensors

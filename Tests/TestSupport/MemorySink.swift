@@ -5,6 +5,7 @@ import Synchronization
 public final class MemorySink: TensorSink, TensorSource {
   public let path = "memory"
   public let manifest: Manifest
+  public var warnings: [String] { [] }
   private let bytes: Mutex<[[UInt8]]>
 
   public init(_ tensors: [TensorInfo]) {

@@ -1,4 +1,5 @@
 public import Checkpoints
+import Synchronization
 
 /// A checkpoint in memory, for tests of what happens between reading and writing.
 public struct MemorySource: TensorSource {
@@ -29,5 +30,24 @@ public struct MemorySource: TensorSource {
     for i in 0..<buffer.byteCount {
       buffer.storeBytes(of: own[offset + i], toByteOffset: i, as: UInt8.self)
     }
+  }
+}
+
+/// A source that counts what is read of it.
+public final class CountingSource: TensorSource {
+  private let source: any TensorSource
+  private let count = Atomic<Int>(0)
+
+  public init(_ source: any TensorSource) { self.source = source }
+
+  public var path: String { source.path }
+  public var manifest: Manifest { source.manifest }
+  public var bytesRead: Int { count.load(ordering: .relaxed) }
+
+  public func read(_ tensor: TensorInfo, at offset: Int, into buffer: inout MutableRawSpan)
+    throws(CheckpointError)
+  {
+    count.wrappingAdd(buffer.byteCount, ordering: .relaxed)
+    try source.read(tensor, at: offset, into: &buffer)
   }
 }

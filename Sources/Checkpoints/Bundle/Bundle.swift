@@ -31,10 +31,12 @@ public enum Bundle: CheckpointFormat {
     return try StagedSink(path, manifest)
   }
 
+  @discardableResult
   public static func write(
     _ source: any TensorSource, to path: String, _ options: WritingOptions, workers: Int
-  ) throws {
+  ) throws -> [String] {
     try options.refuseSHA256(in: path, whichRecords: "XXH3")
     try pack(source, to: path, workers: workers)
+    return []
   }
 }

@@ -105,6 +105,7 @@ public final class BundleSource: TensorSource {
   /// The first damaged tensor is an error: behind a wrong frame nothing can be told apart.
   public func verifyData(workers: Int) throws -> Verification {
     try verify(workers: workers)
+    try checkUnchanged()
     return Verification(damaged: [], checkedCount: manifest.tensors.count, unrecorded: [])
   }
 

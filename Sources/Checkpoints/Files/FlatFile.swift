@@ -30,8 +30,7 @@ final class FlatSource: TensorSource {
     behind =
       file.size < 64 << 20 || file.isCached
       ? nil
-      : ReadBehind(
-        of: zip(manifest.tensors, offsets).map { $1..<$1 + $0.byteCount }, fileSize: file.size)
+      : ReadBehind(of: zip(manifest.tensors, offsets).map { $1..<$1 + $0.byteCount })
   }
 
   func forget(_ bytes: Range<Int>, of tensor: TensorInfo) {
@@ -64,12 +63,13 @@ final class FlatSink: TensorSink {
   typealias Open = @Sendable (String) throws(CheckpointError) -> any TensorSource
 
   let manifest: Manifest
+  let warnings: [String]
   private let offsets: [Int]
   private let pending: PendingFile
   private let file: File
   private let remaining: Atomic<Int>
   private let recorder: ChecksumRecorder?
-  private let behind = WriteBehind()
+  private let behind: WriteBehind
   private let seal: Seal
   private let open: Open
   private let isComplete = Atomic(false)
@@ -80,13 +80,15 @@ final class FlatSink: TensorSink {
   ///   - open: the format's reader, to prove the file before it is moved to its place.
   init(
     _ pending: PendingFile, _ manifest: Manifest, offsets: [Int],
-    checksums: TensorChecksum.Algorithm? = nil, open: @escaping Open,
+    checksums: TensorChecksum.Algorithm? = nil, warnings: [String] = [], open: @escaping Open,
     seal: @escaping Seal = { (_, _) throws(CheckpointError) in }
   ) throws(CheckpointError) {
     self.pending = pending
     self.manifest = manifest
+    self.warnings = warnings
     self.offsets = offsets
     self.file = try pending.open()
+    behind = WriteBehind(of: zip(manifest.tensors, offsets).lazy.map { $1..<$1 + $0.byteCount })
     self.remaining = Atomic(manifest.byteCount)
     self.recorder = checksums.map { ChecksumRecorder(manifest.tensors, $0) }
     self.seal = seal

@@ -5,39 +5,45 @@ import Synchronization
 /// A large output that fills the cache takes fresh pages for every byte, which can cost several
 /// times the writing itself; with few bytes on their way, the kernel uses the same pages again and
 /// again. What is on its way at the end stays in the cache, so that small files stay there whole.
+///
+/// It goes by aligned windows, each when all of it has been written: a flush that cuts one of the
+/// cache's larger pages writes it twice, and a range that cuts one drops nothing.
 final class WriteBehind: Sendable {
   /// So many bytes may be on their way to the disk.
   private static let lag = 32 << 20
-  /// A range that cuts one of the cache's larger pages drops nothing.
-  private static let windowSize = 4 << 20
+  private static let windowSize = 2 << 20
 
-  private struct Underway {
-    var ranges: [Range<Int>] = []
-    var size = 0
+  private struct State {
+    var windows: FileWindows
+    /// The windows on their way, the oldest first.
+    var underway: [Int] = []
   }
 
-  private let underway = Mutex(Underway())
+  private let state: Mutex<State>
+
+  /// For a file that is written from its beginning on.
+  init() { state = Mutex(State(windows: FileWindows(ofGrowingFile: Self.windowSize))) }
+
+  /// - Parameter ranges: all that will be written, in whatever order.
+  init(of ranges: some Sequence<Range<Int>>) {
+    state = Mutex(State(windows: FileWindows(of: ranges, size: Self.windowSize)))
+  }
 
   /// Takes note that these bytes have been written.
-  ///
-  /// A small piece is left to the kernel: flushed each by itself, a million small tensors are a
-  /// million writes of the same few pages.
   func add(_ range: Range<Int>, of file: borrowing File) {
-    guard range.count >= 1 << 18 else { return }
-    file.startFlush(at: range.lowerBound, count: range.count)
-    let oldest: Range<Int>? = underway.withLock { underway in
-      underway.ranges.append(range)
-      underway.size += range.count
-      guard underway.size > WriteBehind.lag else { return nil }
-      let oldest = underway.ranges.removeFirst()
-      underway.size -= oldest.count
-      return oldest
+    // Usually one, and seldom any for a piece of a small tensor.
+    var complete: [Int] = []
+    state.withLock { $0.windows.pass(range) { complete.append($0) } }
+    for window in complete {
+      file.startFlush(at: window * Self.windowSize, count: Self.windowSize)
+      let oldest: Int? = state.withLock { state in
+        state.underway.append(window)
+        guard state.underway.count > Self.lag / Self.windowSize else { return nil }
+        return state.underway.removeFirst()
+      }
+      guard let oldest else { continue }
+      file.finishFlush(at: oldest * Self.windowSize, count: Self.windowSize)
+      file.dropCache(at: oldest * Self.windowSize, count: Self.windowSize)
     }
-    guard let oldest else { return }
-    file.finishFlush(at: oldest.lowerBound, count: oldest.count)
-    let size = WriteBehind.windowSize
-    let begin = oldest.lowerBound / size * size
-    let end = (oldest.upperBound + size - 1) / size * size
-    file.dropCache(at: begin, count: end - begin)
   }
 }

@@ -19,19 +19,22 @@ extension HDF5 {
     private(set) var entries: [Entry] = []
     private let rank: Int
     private let count: Int
+    private let userBlock: Int
     private var visits = 0
 
     /// - Parameters:
     ///   - object: where the dataset's object header begins.
     ///   - count: how many chunks there must be.
+    ///   - userBlock: how many bytes of the file the addresses in it do not count.
     /// - Returns: nil if the index is of another kind or anything about it is odd; then the
     ///   library is to be asked.
-    init?(of object: UInt64, rank: Int, count: Int, in path: String) {
+    init?(of object: UInt64, rank: Int, count: Int, in path: String, behind userBlock: Int = 0) {
+      self.userBlock = userBlock
       self.rank = rank
       self.count = count
       do {
         let file = try File(reading: path)
-        guard let root = try ChunkIndex.tree(of: object, rank: rank, in: file) else { return nil }
+        guard let root = try tree(of: object, in: file) else { return nil }
         try walk(root, level: nil, in: file)
       } catch { return nil }  // The library says what is wrong.
       guard entries.count == count else { return nil }
@@ -46,7 +49,8 @@ extension HDF5 {
     /// - Parameter level: what a node here must say of its height, if that is known.
     private mutating func walk(_ address: UInt64, level: UInt64?, in file: borrowing File) throws {
       visits += 1
-      guard visits <= 2 * count + 64, let start = Int(exactly: address) else { throw Odd() }
+      guard visits <= 2 * count + 64 else { throw Odd() }
+      let start = try place(address)
       var header = Numbers(try file.bytes(at: start, count: ChunkIndex.nodeHeader))
       guard header.starts(with: "TREE") else { throw Odd() }
       header.position = 4
@@ -67,18 +71,16 @@ extension HDF5 {
           guard entries.count < count else { throw Odd() }
           entries.append(
             Entry(
-              start: coordinates, skippedFilters: UInt32(truncatingIfNeeded: mask), address: child,
-              byteCount: byteCount))
+              start: coordinates, skippedFilters: UInt32(truncatingIfNeeded: mask),
+              address: UInt64(try place(child)), byteCount: byteCount))
         }
       }
     }
 
     /// Where the tree of a chunked dataset begins.
     /// - Returns: nil if its header or its layout is of another version.
-    private static func tree(of object: UInt64, rank: Int, in file: borrowing File) throws
-      -> UInt64?
-    {
-      guard let start = Int(exactly: object) else { return nil }
+    private func tree(of object: UInt64, in file: borrowing File) throws -> UInt64? {
+      let start = try place(object)
       var prefix = Numbers(try file.bytes(at: start, count: 16))
       let isSecond = prefix.starts(with: "OHDR")
       var hasOrder = false
@@ -92,11 +94,11 @@ extension HDF5 {
         let width = 1 << Int(flags & 3)
         var length = Numbers(try file.bytes(at: size, count: width))
         let first = size + width
-        blocks = [first..<first + (try bounded(length.next(width)))]
+        blocks = [first..<first + (try Self.bounded(length.next(width)))]
       } else {
         guard try prefix.next(1) == 1 else { return nil }
         prefix.position = 8
-        blocks = [start + 16..<start + 16 + (try bounded(prefix.next(4)))]
+        blocks = [start + 16..<start + 16 + (try Self.bounded(prefix.next(4)))]
       }
       // A header that is continued more often than this is a circle.
       for number in 0..<1000 where number < blocks.count {
@@ -116,10 +118,10 @@ extension HDF5 {
             guard version == 3, storage == 2, dimensions == rank + 1 else { return nil }
             return try messages.next(8)
           case 16:
-            let (offset, length) = try (Int(exactly: messages.next(8)), bounded(messages.next(8)))
+            let (offset, length) = try (place(messages.next(8)), Self.bounded(messages.next(8)))
             // The second version's blocks have a signature and a checksum around them.
             let around = isSecond ? 4 : 0
-            guard let offset, offset < Int.max / 2, length >= 2 * around else { return nil }
+            guard length >= 2 * around else { return nil }
             blocks.append(offset + around..<offset + length - around)
           default: break
           }
@@ -127,6 +129,12 @@ extension HDF5 {
         }
       }
       return nil
+    }
+
+    /// Where in the file an address is.
+    private func place(_ address: UInt64) throws -> Int {
+      guard let offset = Int(exactly: address), offset < Int.max / 2 else { throw Odd() }
+      return userBlock + offset
     }
 
     /// The size of a part of an object header: real ones have some hundred bytes.

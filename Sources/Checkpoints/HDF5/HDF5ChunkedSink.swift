@@ -129,16 +129,18 @@ final class HDF5ChunkedSink: TensorSink {
     guard !isComplete.load(ordering: .relaxed) else { return }
     precondition(remaining.load(ordering: .relaxed) == 0, "a tensor was not wholly written")
     do { try datasets.close() } catch { throw error.error(file: pending.destination) }
-    if let recorder {
-      // Opened only if some block came in pieces out of order.
-      var written: (any TensorSource)?
-      let checksums = try recorder.finish {
-        (tensor, offset, buffer) throws(CheckpointError) in
-        if written == nil { written = try HDF5.open(pending.temporaryPath) }
-        try written!.read(tensor, at: offset, into: &buffer)
+    do throws(CheckpointError) {
+      if let recorder {
+        // Opened only if some block came in pieces out of order.
+        var written: (any TensorSource)?
+        let checksums = try recorder.finish {
+          (tensor, offset, buffer) throws(CheckpointError) in
+          if written == nil { written = try HDF5.open(pending.temporaryPath) }
+          try written!.read(tensor, at: offset, into: &buffer)
+        }
+        try rows?.write(checksums, of: manifest, to: file)
       }
-      try rows?.write(checksums, of: manifest, to: file)
-    }
+    } catch { throw error.moved(to: pending.destination) }
     try pending.complete()
     try pending.prove(manifest) { (path) throws(CheckpointError) in try HDF5.openOwn(path) }
     isComplete.store(true, ordering: .relaxed)

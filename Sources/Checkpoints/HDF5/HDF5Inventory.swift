@@ -65,6 +65,8 @@ private struct HDF5Reader: ~Copyable {
   private let path: String
   /// Whether addresses and lengths in the file have 8 bytes, as they mostly do.
   private let hasWideAddresses: Bool
+  /// The bytes before the file's own, which addresses in it do not count.
+  private let userBlock: Int
   private let attributes: HDF5Attributes
   private var visits: [haddr_t: Int] = [:]
   /// The groups on the way to the one that is read.
@@ -86,17 +88,13 @@ private struct HDF5Reader: ~Copyable {
     let creation = try HDF5Handle(H5Fget_create_plist(file.id))
     var block: hsize_t = 0
     try HDF5Library.check(H5Pget_userblock(creation.id, &block))
-    guard block == 0 else {
-      throw HDF5Failure(
-        "is HDF5 behind a user block of \(block) bytes, which Smelt does not read",
-        remedy: "take the block off with 'h5unjam --delete -i FILE -o NEW.h5'")
-    }
     var (addressSize, lengthSize) = (0, 0)
     try HDF5Library.check(H5Pget_sizes(creation.id, &addressSize, &lengthSize))
     self.attributes = try HDF5Attributes()
     self.file = file
     self.path = path
     hasWideAddresses = addressSize == 8 && lengthSize == 8
+    userBlock = Int(min(block, 1 << 40))
   }
 
   mutating func readAll() throws(HDF5Failure) {
@@ -280,7 +278,7 @@ private struct HDF5Reader: ~Copyable {
     }
     switch H5Pget_layout(creation.id) {
     case H5D_CONTIGUOUS:
-      // An address that is none is that of what was never written.
+      // An address that is none is that of what was never written. The library adds the user block.
       guard let offset = Int(exactly: H5Dget_offset(dataset.id)) else { return .nothing }
       return .contiguous(at: offset)
     case H5D_COMPACT: return .inline(try compactBytes(of: dataset, type, dimensions))
@@ -345,6 +343,12 @@ private struct HDF5Reader: ~Copyable {
         try add(entry.start, entry.skippedFilters, entry.address, entry.byteCount)
       }
     } else {
+      // Versions of the library differ in whether they add the user block.
+      guard userBlock == 0 || stored == 0 else {
+        throw HDF5Failure(
+          "has chunks behind a user block, listed in a way that Smelt does not read there",
+          remedy: "take the block off with 'h5unjam --delete -i FILE -o NEW.h5'")
+      }
       var start = extent
       for number in 0..<stored {
         var mask: UInt32 = 0
@@ -360,14 +364,15 @@ private struct HDF5Reader: ~Copyable {
   }
 
   /// The chunks as the file lists them, where there are so many that asking the library for each
-  /// takes long and the list is of the usual kind.
+  /// takes long, or which are behind a user block; if the list is of the usual kind.
   private func index(of dataset: borrowing HDF5Handle, rank: Int, count: Int) throws(HDF5Failure)
     -> HDF5.ChunkIndex?
   {
-    guard count >= HDF5Reader.manyChunks, hasWideAddresses else { return nil }
+    guard count >= HDF5Reader.manyChunks || userBlock > 0, hasWideAddresses else { return nil }
     var address: haddr_t = 0
     try HDF5Library.check(smelt_h5_address(dataset.id, &address))
-    return HDF5.ChunkIndex(of: UInt64(address), rank: rank, count: count, in: path)
+    return HDF5.ChunkIndex(
+      of: UInt64(address), rank: rank, count: count, in: path, behind: userBlock)
   }
 
   private func filters(_ creation: borrowing HDF5Handle) throws(HDF5Failure) -> [HDF5.Filter] {

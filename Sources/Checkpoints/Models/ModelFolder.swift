@@ -154,6 +154,12 @@ private final class FolderSink: TensorSink {
     self.smallFiles = smallFiles
   }
 
+  var warnings: [String] {
+    sinks.flatMap { $0.warnings }.map {
+      $0.replacing(folder.temporaryPath, with: folder.destination)
+    }
+  }
+
   func write(_ bytes: RawSpan, of tensor: TensorInfo, at offset: Int) throws(CheckpointError) {
     let place = places[manifest.position(of: tensor.name)!]
     do { try sinks[place].write(bytes, of: tensor, at: offset) } catch {

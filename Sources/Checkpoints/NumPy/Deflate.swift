@@ -112,6 +112,7 @@ extension ZipArchive {
       let isSound = try isSound(entryOf(positions[step][0]))
       sound.withLock { sound in positions[step].forEach { sound[$0] = isSound } }
     }
+    try file.checkUnchanged()
     let results = sound.withLock { $0 }
     func found(_ isSound: Bool?) -> [TensorInfo] {
       tensors.indices.filter { results[$0] == isSound }.map { tensors[$0] }

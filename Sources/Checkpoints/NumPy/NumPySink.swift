@@ -14,7 +14,7 @@ final class NumPySink: TensorSink {
   private let remaining: Atomic<Int>
   /// The checksums of the pieces of each tensor by where they begin.
   private let pieces: Mutex<[[Int: (count: Int, checksum: UInt)]]>
-  private let behind = WriteBehind()
+  private let behind: WriteBehind
 
   init(_ path: String, _ manifest: Manifest) throws(CheckpointError) {
     self.manifest = manifest
@@ -32,6 +32,7 @@ final class NumPySink: TensorSink {
     self.members = members
     self.offsets = offsets
     directoryOffset = offset
+    behind = WriteBehind(of: zip(manifest.tensors, offsets).lazy.map { $1..<$1 + $0.byteCount })
     remaining = Atomic(manifest.byteCount)
     pieces = Mutex(Array(repeating: [:], count: members.count))
     do { try file.preallocate(offset) } catch { throw error.moved(to: path) }

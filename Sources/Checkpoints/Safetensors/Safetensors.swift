@@ -16,7 +16,7 @@ public enum Safetensors: CheckpointFormat {
 
   public static func open(_ path: String) throws(CheckpointError) -> any TensorSource {
     let file = try MappedFile(path)
-    let header = try readHeader(path)
+    let header = try readHeader(file)
     let layout = try Layout(parsing: header, fileSize: file.size, path: path)
     return FlatSource(
       file, layout.manifest, offsets: layout.offsets, checksums: layout.checksums?.values)
@@ -34,7 +34,8 @@ public enum Safetensors: CheckpointFormat {
   /// A manifest's own header is kept as it is; if it has checksums, they become those of the
   /// tensors that are written: the same tensors give the same file.
   /// - Parameter keepsHeader: false if the file is to have these checksums though the header
-  ///   has others or none.
+  ///   has others or none. Else they are left out, with a warning, where they alone make the
+  ///   header too large.
   public static func create(
     _ path: String, _ manifest: Manifest, checksums: TensorChecksum.Algorithm?,
     keepsHeader: Bool = true
@@ -52,6 +53,11 @@ public enum Safetensors: CheckpointFormat {
     return try FlatSink(
       pending, layout.manifest, offsets: layout.offsets,
       checksums: layout.checksums?.values.algorithm,
+      warnings: layout.lacksRoomForChecksums
+        ? [
+          "\(path): written without checksums: they would make the header larger than the format allows"
+        ]
+        : [],
       open: { (path) throws(CheckpointError) in
         try Safetensors.open(path)
       }
@@ -62,16 +68,15 @@ public enum Safetensors: CheckpointFormat {
   }
 
   /// The header's bytes, without the length in front.
-  private static func readHeader(_ path: String) throws(CheckpointError) -> [UInt8] {
+  private static func readHeader(_ file: MappedFile) throws(CheckpointError) -> [UInt8] {
     func malformed(_ problem: String, remedy: String? = nil) -> CheckpointError {
-      CheckpointError(file: path, problem, remedy: remedy)
+      CheckpointError(file: file.path, problem, remedy: remedy)
     }
-    let file = try File(reading: path)
-    let size = try file.size()
+    let size = file.size
     guard size > 0 else {
       throw malformed("is empty", remedy: "download it again")
     }
-    let beginning = try file.beginning(16)
+    let beginning = try file.bytes(at: 0, count: min(16, size))
     if let likeness = likeness(of: beginning) {
       throw malformed(
         "is not a safetensors file: it looks like \(likeness.kind)", remedy: likeness.remedy)

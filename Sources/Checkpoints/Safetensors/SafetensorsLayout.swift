@@ -8,6 +8,9 @@ extension Safetensors {
     /// Where in the file the checksums of the manifest's tensors stand, if it has them.
     let checksums: ChecksumText?
 
+    /// Whether checksums were left out because the header would be too large with them.
+    private(set) var lacksRoomForChecksums = false
+
     private var header: [UInt8] { manifest.safetensorsHeader! }  // Every layout has one.
 
     /// The length and the header: all bytes before the tensors.
@@ -351,11 +354,17 @@ extension Safetensors.Layout {
     }
     append("}")
     while header.count % 8 != 0 { append(" ") }
+    if header.count > Safetensors.largestHeader, algorithm != nil, keepsHeader {
+      self = try Self(writing: manifest, path: path)
+      lacksRoomForChecksums = true
+      return
+    }
     guard header.count <= Safetensors.largestHeader else {
       throw CheckpointError(
         file: path,
         "would have a header of \(header.count) bytes; the format's limit is \(Safetensors.largestHeader)",
-        remedy: "write HDF5 instead")
+        remedy: algorithm == .sha256
+          ? "leave out --sha256 or write HDF5 instead" : "write HDF5 instead")
     }
     offsets = begins.map { [start = 8 + header.count] in start + $0 }
     self.manifest = Manifest(tensors, metadata: metadata, safetensorsHeader: header)
@@ -373,6 +382,11 @@ extension Manifest {
 
 /// Text as a JSON string, quotes included.
 func jsonString(_ text: String) -> String {
+  // Nearly every name.
+  let isPlain = text.utf8.allSatisfy {
+    $0 >= 0x20 && $0 != UInt8(ascii: "\"") && $0 != UInt8(ascii: "\\")
+  }
+  if isPlain { return "\"\(text)\"" }
   var result = "\""
   for scalar in text.unicodeScalars {
     switch scalar {

@@ -21,7 +21,8 @@ public struct AdaptiveWeightDisentanglement: Sendable, Equatable {
 
   public enum Optimizer: Sendable, Equatable {
     case descent(rate: Double, momentum: Double = 0, weightDecay: Double = 0)
-    /// Levenberg–Marquardt on Σ cos², which needs neither rate nor penalty.
+    /// Levenberg–Marquardt on Σ cos², which has neither rate nor penalty: of the vectors that
+    /// make all cosines 0 it finds one near 0.
     case converged
   }
 
@@ -112,8 +113,7 @@ public struct AdaptiveWeightDisentanglement: Sendable, Equatable {
   private func solution(
     _ coefficients: [Double], loss: Double, of gram: GramMatrix, rowCount: Int
   ) -> Solution {
-    var penalty = penalty.coefficient
-    if case .converged = optimizer { penalty = 0 }
+    let penalty = optimizer == .converged ? 0 : penalty.coefficient
     let isSolvable = gram.isFinite
     let gram = isSolvable ? gram : GramMatrix(order: gram.order)
     let isSquared = objective == .squared
@@ -129,13 +129,12 @@ extension AdaptiveWeightDisentanglement: CustomStringConvertible {
   public var description: String {
     let steps =
       switch optimizer {
-      case .converged: "optimizer=converged"
+      case .converged: "optimizer=converged iterations=\(iterations)"
       case .descent(let rate, let momentum, let weightDecay):
         "optimizer=descent rate=\(rate) momentum=\(momentum) weight_decay=\(weightDecay) "
-          + "penalty=\(penalty.coefficient)"
+          + "penalty=\(penalty.coefficient) iterations=\(iterations) epsilon=\(epsilon)"
       }
-    return "scope=\(scope.rawValue) objective=\(objective.rawValue) \(steps) "
-      + "iterations=\(iterations) epsilon=\(epsilon)"
+    return "scope=\(scope.rawValue) objective=\(objective.rawValue) \(steps)"
   }
 }
 

@@ -7,22 +7,9 @@ import Synchronization
 /// that only adds up weighted differences gets other weights instead, wᵢ − aᵢ·Σw, and the tile
 /// stays as it is.
 struct CleanedMerge<Method: TensorMerge>: TensorMerge, TaskVectorCleaning {
-  /// What is known of the redundant vectors.
-  private enum State: Sendable {
-    case known(TensorCleaning)
-    /// The tensor is a group; its Gram matrix is summed in the first observing pass.
-    case tensor(AdaptiveWeightDisentanglement)
-    /// The tensor belongs to a group of several, which is solved before the merge runs.
-    case group
-  }
-
-  enum Observation: Sendable {
-    case gram(GramMatrix)
-    case method(Method.Observation)
-  }
-
   private var method: Method
-  private var state: State
+  /// `nil` while the tensor's group has not been solved.
+  private var cleaning: TensorCleaning?
   /// Models beside the base, in the rows from 1 on.
   private let experts: Int
   private let tensor: TensorInfo
@@ -32,82 +19,46 @@ struct CleanedMerge<Method: TensorMerge>: TensorMerge, TaskVectorCleaning {
     self.method = method
     self.experts = experts
     self.tensor = tensor
-    switch cleaning.method.scope {
-    case .row: state = .known(cleaning.rowCleaning(tensor))
-    case .tensor: state = .tensor(cleaning.method)
-    case .block, .model: state = .group
-    }
+    self.cleaning = cleaning.method.scope == .row ? cleaning.rowCleaning(tensor) : nil
   }
 
   // MARK: Before the merge
 
-  var isWaitingForGroup: Bool { if case .group = state { true } else { false } }
+  var isWaitingForGroup: Bool { cleaning == nil }
 
   func prepared(_ findings: CleaningFindings, coefficients: [Double]?) -> any TensorMerge {
     var result = self
     result.findings = findings
-    if let coefficients { result.state = .known(.group(coefficients: coefficients)) }
+    if let coefficients { result.cleaning = .group(coefficients: coefficients) }
     return result
   }
 
   // MARK: Observing
 
-  private var cleaning: TensorCleaning? {
-    if case .known(let cleaning) = state { cleaning } else { nil }
-  }
-
-  private var isWaitingForTensor: Bool { if case .tensor = state { true } else { false } }
-
   // All are 1 or the length of a row.
   var grain: Int { max(method.grain, cleaning?.grain ?? 1) }
   var scratchRows: Int { method.scratchRows }
-  var isReady: Bool { !isWaitingForTensor && method.isReady }
+  var isReady: Bool { method.isReady }
   var observationBytes: Int { method.observationBytes }
-  var observingPasses: Int { method.observingPasses + (isWaitingForTensor ? 1 : 0) }
+  var observingPasses: Int { method.observingPasses }
 
-  func makeObservation() -> Observation {
-    isWaitingForTensor
-      ? .gram(GramMatrix(order: experts)) : .method(method.makeObservation())
-  }
+  func makeObservation() -> Method.Observation { method.makeObservation() }
 
   func observe(
-    _ tile: inout Tile, at position: Int, scratch: inout Tile, into observation: inout Observation
+    _ tile: inout Tile, at position: Int, scratch: inout Tile,
+    into observation: inout Method.Observation
   ) {
-    switch observation {
-    case .gram(var gram):
-      gram.add(tile.rows(from: 1), stride: tile.capacity, columns: tile.columns)
-      observation = .gram(gram)
-    case .method(var seen):
-      var unused = TensorFindings(experts: experts)
-      tile.takeOut(vectors(in: tile, &unused), from: 1, keeping: &scratch, row: 0)
-      // Taken out while it is changed, so that it has one owner and is not copied.
-      observation = .gram(GramMatrix(order: 0))
-      method.observe(&tile, at: position, scratch: &scratch, into: &seen)
-      observation = .method(seen)
-    }
+    var unused = TensorFindings(experts: experts)
+    tile.takeOut(vectors(in: tile, &unused), from: 1, keeping: &scratch, row: 0)
+    method.observe(&tile, at: position, scratch: &scratch, into: &observation)
   }
 
-  func combine(_ next: Observation, into total: inout Observation) {
-    switch (next, total) {
-    case (.gram(let next), .gram(var sum)):
-      sum += next
-      total = .gram(sum)
-    case (.method(let next), .method(var sum)):
-      total = .gram(GramMatrix(order: 0))
-      method.combine(next, into: &sum)
-      total = .method(sum)
-    default: preconditionFailure("one pass observes one thing")
-    }
+  func combine(_ next: Method.Observation, into total: inout Method.Observation) {
+    method.combine(next, into: &total)
   }
 
-  mutating func learn(_ total: Observation) throws(PassesDiffer) {
-    switch (state, total) {
-    case (.tensor(let solver), .gram(let gram)):
-      findings?.add(TensorFindings(gram: gram, experts: experts), to: tensor.name)
-      state = .known(.group(coefficients: solver.solve(gram).coefficients))
-    case (_, .method(let seen)): try method.learn(seen)
-    default: preconditionFailure("inner products are summed for tensor scope only")
-    }
+  mutating func learn(_ total: Method.Observation) throws(PassesDiffer) {
+    try method.learn(total)
   }
 
   // MARK: Merging
@@ -120,7 +71,7 @@ struct CleanedMerge<Method: TensorMerge>: TensorMerge, TaskVectorCleaning {
   func merge(_ tile: inout Tile, at position: Int, into output: inout Tile) {
     var found = TensorFindings(experts: experts)
     let vectors = vectors(in: tile, &found)
-    if cleaning!.isByRow { findings?.add(found, to: tensor.name) }
+    if cleaning?.isByRow == true { findings?.add(found, to: tensor.name) }
     guard let weights = method.linearWeights else {
       tile.takeOut(vectors, from: 1, keeping: &output, row: 0)
       return method.merge(&tile, at: position, into: &output)

@@ -52,7 +52,12 @@ extension Cleaning {
         "there is no cleaning preset \(quoted(preset))", remedy: "known are \(known)")
     }
     self.init(preset: preset, method: method)
-    for (name, value) in parameters { try set(name, value) }
+    // The optimizer first, whatever the order of the words: what it does not have cannot be set.
+    let isOptimizer = { (parameter: (name: String, value: String)) in parameter.name == "optimizer"
+    }
+    for (name, value) in parameters.filter(isOptimizer) + parameters.filter({ !isOptimizer($0) }) {
+      try set(name, value)
+    }
   }
 
   /// Changes one parameter.
@@ -74,9 +79,28 @@ extension Cleaning {
     }
     switch name {
     case "scope": method.scope = try choice(AdaptiveWeightDisentanglement.Scope.self)
-    case "objective": method.objective = try choice(AdaptiveWeightDisentanglement.Objective.self)
-    case "penalty", "alpha": method.penalty = value == "none" ? .none : .norm(try number())
-    case "epsilon": method.epsilon = try number()
+    case "objective":
+      let objective = try choice(AdaptiveWeightDisentanglement.Objective.self)
+      guard method.optimizer != .converged || objective == .squared else {
+        throw MergeError("the converged optimizer makes the squares of the cosines small, not abs")
+      }
+      method.objective = objective
+    case "penalty", "alpha":
+      let penalty =
+        value == "none" ? AdaptiveWeightDisentanglement.Penalty.none : .norm(try number())
+      guard method.optimizer != .converged || penalty.coefficient == 0 else {
+        throw MergeError(
+          "the converged optimizer has no \(name)",
+          remedy:
+            "it stops at the nearest redundant vector by itself; a descent (gd, sgd) takes a penalty"
+        )
+      }
+      method.penalty = penalty
+    case "epsilon":
+      guard method.optimizer != .converged else {
+        throw MergeError("the converged optimizer has no epsilon")
+      }
+      method.epsilon = try number()
     case "iterations":
       guard let count = Int(value), (0...1_000_000).contains(count) else {
         throw MergeError("iterations is a whole number up to 1000000, not \(quoted(value))")
@@ -86,6 +110,9 @@ extension Cleaning {
       switch value {
       case "converged":
         method.optimizer = .converged
+        method.objective = .squared
+        method.penalty = .none
+        method.epsilon = 0
         method.iterations = AdaptiveWeightDisentanglement.convergedIterations
       case "gd": method.optimizer = .descent(rate: try rate(name))
       case "sgd":

@@ -1,3 +1,4 @@
+import Checkpoints
 import Glibc
 
 /// What a cleaning did to a model: whole, by layer, by group and by tensor.
@@ -46,6 +47,8 @@ public struct DisentanglementSummary: Sendable {
     ) { $0 += $1.report }
   }
 
+  mutating func sortGrams(like manifest: Manifest) { grams.sort(like: manifest) }
+
   mutating func add(_ group: Cleaning.Group, _ solution: AdaptiveWeightDisentanglement.Solution) {
     groups.append(
       Part(name: group.name, report: solution.report, coefficients: solution.coefficients))
@@ -73,8 +76,14 @@ extension DisentanglementSummary {
   public var warnings: [String] {
     guard !tensors.isEmpty else { return ["nothing was cleaned: no tensor is selected"] }
     let whole = whole
-    return [idle(whole), slow(whole), unsolvable(whole)].compactMap { $0 } + degenerate(whole)
-      + depleted(whole)
+    // What cannot be told apart cannot be cleaned, whatever the parameters.
+    let isHopeless = experts.indices.allSatisfy { i in
+      (0..<i).allSatisfy { j in
+        whole.before[i, i] == 0 || whole.before[j, j] == 0 || isSame(i, j, whole)
+      }
+    }
+    let progress = isHopeless ? [] : [idle(whole), slow(whole)]
+    return (progress + [unsolvable(whole)]).compactMap { $0 } + degenerate(whole) + depleted(whole)
   }
 
   private func idle(_ whole: DisentanglementReport) -> String? {
@@ -127,15 +136,19 @@ extension DisentanglementSummary {
       sentences.append("\(name) equals the base in everything that was cleaned")
     }
     for i in experts.indices {
-      for j in 0..<i where whole.before[i, i] > 0 && whole.before[j, j] > 0 {
-        let distance = whole.before[i, i] + whole.before[j, j] - 2 * whole.before[i, j]
-        guard distance <= whole.before[i, i] * 1e-9 else { continue }
+      for j in 0..<i
+      where whole.before[i, i] > 0 && whole.before[j, j] > 0 && isSame(i, j, whole) {
         sentences.append(
           "\(experts[j]) and \(experts[i]) have the same task vector: no redundant vector can tell them apart"
         )
       }
     }
     return sentences
+  }
+
+  private func isSame(_ i: Int, _ j: Int, _ whole: DisentanglementReport) -> Bool {
+    let before = whole.before
+    return before[i, i] + before[j, j] - 2 * before[i, j] <= before[i, i] * 1e-9
   }
 
   private func depleted(_ whole: DisentanglementReport) -> [String] {

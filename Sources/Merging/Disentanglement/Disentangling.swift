@@ -30,6 +30,7 @@ public struct Disentangling: Sendable {
   public init(_ family: ModelFamily, _ options: Options) throws {
     self.family = family
     self.options = options
+    try options.cleaning.refuseTooFew(family)
     if let dtype = options.dtype, !dtype.isArithmetic {
       throw MergeError("\(dtype.rawValue) is not a type that results can be written in")
     }
@@ -42,8 +43,9 @@ public struct Disentangling: Sendable {
     let base = family.base.manifest.tensors.filter {
       options.form == .models || $0.dtype.isArithmetic
     }
-    manifests = family.experts.map { expert in
-      let own = base.map { stored(expert.source.manifest[$0.name]!) }
+    manifests = family.experts.enumerated().map { index, expert in
+      // What an expert lacks is the base's, and other names than the base's are not kept.
+      let own = base.map { stored(family.places(of: $0)[index + 1].tensor.renamed($0.name)) }
       let description = [
         options.form == .vectors ? "task_vector" : "expert": expert.name, "cleaning": cleaning,
       ]
@@ -98,6 +100,35 @@ private struct PartSink: TensorSink {
   func finish() throws(CheckpointError) {}
 }
 
+// MARK: - Cost
+
+extension Disentangling {
+  /// What a run takes of the machine.
+  public struct Cost: Sendable {
+    public var bytesRead = 0
+    public var bytesWritten = 0
+    /// How often groups wider than a row are read.
+    public var reads = CleaningReads()
+  }
+
+  /// - Parameter hasGrams: whether the Gram matrices are known.
+  public func cost(memory: Int, workers: Int, hasGrams: Bool, hasRedundant: Bool) -> Cost {
+    var cost = Cost()
+    if !hasGrams {
+      cost.reads = options.cleaning.reads(of: family, memory: memory, workers: workers)
+    }
+    cost.bytesRead = cost.reads.bytesReadAgain
+    for tensor in family.base.manifest.tensors
+    where options.form == .models || tensor.dtype.isArithmetic {
+      let places = family.places(of: tensor).dropFirst(tensor.dtype.isArithmetic ? 0 : 1)
+      cost.bytesRead += places.reduce(0) { $0 + $1.tensor.byteCount }
+    }
+    cost.bytesWritten = manifests.reduce(0) { $0 + $1.byteCount }
+    if hasRedundant { cost.bytesWritten += redundantManifest.byteCount }
+    return cost
+  }
+}
+
 // MARK: - Running
 
 extension Disentangling {
@@ -112,12 +143,12 @@ extension Disentangling {
     grams: TaskVectorGrams? = nil, memory: Int, workers: Int
   ) throws -> DisentanglementSummary {
     precondition(sinks.count == family.experts.count)
-    let pipeline = Pipeline(
-      from: family.sources, into: sinks + (redundant.map { [$0] } ?? []), memory: memory,
-      workers: workers)
     let summary = try options.cleaning.run(
       on: family, grams: grams, memory: memory, workers: workers
-    ) { parts in
+    ) { parts, inputs in
+      let pipeline = Pipeline(
+        from: inputs.sources, into: sinks + (redundant.map { [$0] } ?? []), memory: inputs.memory,
+        workers: workers)
       let steps = parts.map {
         self.steps(for: $0.tensor, $0.cleaning, hasRedundant: redundant != nil)
       }
@@ -125,7 +156,7 @@ extension Disentangling {
       return fold(findings, steps.map { $0.count }) { $0 += $1 }
         .map { $0 ?? TensorFindings(experts: family.experts.count) }
     }
-    try copyTheRest(into: sinks, workers: workers)
+    try copyTheRest(into: sinks)
     return summary
   }
 
@@ -141,11 +172,13 @@ extension Disentangling {
   }
 
   /// Integers and the like see no arithmetic: they are each expert's own, bit for bit.
-  private func copyTheRest(into sinks: [any TensorSink], workers: Int) throws {
+  private func copyTheRest(into sinks: [any TensorSink]) throws {
     guard options.form == .models else { return }
-    for (expert, sink) in zip(family.experts, sinks) {
-      let rest = sink.manifest.tensors.filter { !$0.dtype.isArithmetic }
-      try expert.source.copy(rest, into: sink, workers: workers)
+    for tensor in family.base.manifest.tensors where !tensor.dtype.isArithmetic {
+      for (place, sink) in zip(family.places(of: tensor).dropFirst(), sinks) {
+        let own = sink.manifest[tensor.name]!
+        try family.sources[place.file].copy(place.tensor, into: sink, as: own)
+      }
     }
   }
 }

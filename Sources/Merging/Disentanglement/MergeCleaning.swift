@@ -5,71 +5,126 @@ public struct MergeCleaning: Sendable {
   public let cleaning: Cleaning
   /// The models that are cleaned, as the recipe names them.
   let experts: [String]
-  /// Tensors that share a redundant vector, by the numbers of their tasks; tensors and rows that
-  /// are groups of their own are not listed.
+  /// Tensors that share a redundant vector, by the numbers of their tasks; empty in row scope.
   let groups: [(name: String, tasks: [Int])]
   /// How many tensors are cleaned.
   public let tensorCount: Int
 
-  /// Whether all models are read once for inner products before the merge begins.
-  public var needsPass: Bool { !groups.isEmpty }
-
   /// What is cleaned and how, in one line.
   public var explanation: String {
-    let pass =
-      needsPass ? "; their inner products take a pass of their own over these tensors" : ""
-    return "cleans the task vectors of \(tensorCount) tensors by \(cleaning)\(pass)"
+    "cleans the task vectors of \(tensorCount) tensors by \(cleaning)"
   }
 }
 
 extension MergeCleaning {
-  /// Solves the groups and tells every task what to take out of its task vectors.
+  /// Makes all tensors of a merge: first group after group those that share a redundant vector,
+  /// which is solved before they are merged, then the others.
   ///
   /// - Throws: `MergeError` if a group of several tensors has weights that are not finite.
-  func prepare(
-    _ run: MergeRun, _ findings: CleaningFindings, _ summary: inout DisentanglementSummary
-  ) throws -> [TensorTask] {
-    var coefficients: [Int: [Double]] = [:]
-    let indices = groups.flatMap { $0.tasks }
-    let grams = try run.taskVectorGrams(of: indices)
-    var position = 0
-    for group in groups {
-      let own = grams[position..<position + group.tasks.count]
-      position += group.tasks.count
-      let tensors = group.tasks.map { run.tasks[$0].output }
-      let solved = try cleaning.solve(
-        Cleaning.Group(name: group.name, tensors: tensors, isCleaned: true), own, into: &summary)
-      guard case .group(let found) = solved else { continue }
-      for (index, gram) in zip(group.tasks, own) {
-        coefficients[index] = found
-        summary.add(run.tasks[index].output.name, solved, gram)
+  func run(_ merge: MergeRun) throws -> DisentanglementSummary {
+    let findings = CleaningFindings()
+    var summary = DisentanglementSummary(cleaning, experts: experts)
+    var merge = merge
+    merge.tasks = merge.tasks.map { $0.prepared(findings) }
+    try runGroups(merge, findings, &summary)
+    let done = Set(groups.flatMap { $0.tasks })
+    try merge.run(merge.tasks.indices.filter { !done.contains($0) })
+    conclude(merge.tasks, findings, &summary)
+    return summary
+  }
+
+  private func runGroups(
+    _ merge: MergeRun, _ findings: CleaningFindings, _ summary: inout DisentanglementSummary
+  ) throws {
+    let waves = waves(of: merge.tasks, memory: merge.memory, workers: merge.workers)
+    let held = HeldTensors(byteCount: reads(waves, merge.tasks, workers: merge.workers).held)
+    for wave in waves {
+      let groups = groups[wave.groups]
+      let tasks = groups.flatMap { $0.tasks }
+      var part = merge
+      part.memory -= held.byteCount
+      if wave.isHeld {
+        try held.fill(
+          with: tasks.flatMap { merge.tasks[$0].inputs }, from: merge.sources,
+          workers: merge.workers, forgettable: merge.forgettable)
+        part.sources = held.sources(over: merge.sources)
+        // What was read once is counted when it has been merged.
+        part.didObserve = { _, _ in }
       }
-    }
-    return run.tasks.enumerated().map { index, task in
-      task.mapMerge { merge in
-        (merge as? any TaskVectorCleaning)?.prepared(findings, coefficients: coefficients[index])
-          ?? merge
+      var grams = try part.taskVectorGrams(of: tasks)[...]
+      for group in groups {
+        let solved = try solve(group, grams.prefix(group.tasks.count), part.tasks, &summary)
+        grams = grams.dropFirst(group.tasks.count)
+        for task in group.tasks {
+          part.tasks[task] = part.tasks[task].prepared(findings, coefficients: solved)
+        }
       }
+      try part.run(tasks)
     }
   }
 
-  /// Adds what the merge itself found out, in row and tensor scope.
-  func conclude(
+  private func solve(
+    _ group: (name: String, tasks: [Int]), _ grams: ArraySlice<GramMatrix>, _ tasks: [TensorTask],
+    _ summary: inout DisentanglementSummary
+  ) throws -> [Double]? {
+    let tensors = group.tasks.map { tasks[$0].output }
+    let solved = try cleaning.solve(
+      Cleaning.Group(name: group.name, tensors: tensors, isCleaned: true), grams, into: &summary)
+    for (tensor, gram) in zip(tensors, grams) { summary.add(tensor.name, solved, gram) }
+    guard case .group(let coefficients) = solved else { return nil }
+    return coefficients
+  }
+
+  /// Adds what the merge itself found out about rows.
+  private func conclude(
     _ tasks: [TensorTask], _ findings: CleaningFindings, _ summary: inout DisentanglementSummary
-  ) throws {
-    guard !needsPass else { return }
+  ) {
     for task in tasks {
       guard let found = findings[task.output.name] else { continue }
-      if cleaning.method.scope == .tensor {
-        let group = Cleaning.Group(
-          name: task.output.name, tensors: [task.output], isCleaned: true)
-        // Not finite: it was left as it is, which the report says.
-        let solution = cleaning.method.solve(found.gram)
-        summary.add(group, solution)
-        summary.add(task.output.name, .group(coefficients: solution.coefficients), found.gram)
-      } else {
-        summary.add(task.output.name, cleaning.rowCleaning(task.output), found.rows, found.gram)
-      }
+      summary.add(task.output.name, cleaning.rowCleaning(task.output), found.rows, found.gram)
+    }
+  }
+
+  // MARK: What it takes
+
+  /// How often the groups' tensors are read.
+  func reads(of tasks: [TensorTask], memory: Int, workers: Int) -> CleaningReads {
+    reads(waves(of: tasks, memory: memory, workers: workers), tasks, workers: workers)
+  }
+
+  /// The tasks whose inputs are held between two looks at them.
+  func heldTasks(_ tasks: [TensorTask], memory: Int, workers: Int) -> Set<Int> {
+    let waves = waves(of: tasks, memory: memory, workers: workers)
+    return Set(waves.filter { $0.isHeld }.flatMap { groups[$0.groups] }.flatMap { $0.tasks })
+  }
+
+  private func waves(of tasks: [TensorTask], memory: Int, workers: Int) -> [CleaningWave] {
+    CleaningWave.waves(
+      of: sizes(tasks), memory: memory, tiles: leastMemory(of: tasks, workers: workers))
+  }
+
+  private func reads(
+    _ waves: [CleaningWave], _ tasks: [TensorTask], workers: Int
+  ) -> CleaningReads {
+    CleaningReads(sizes(tasks), waves, tiles: leastMemory(of: tasks, workers: workers))
+  }
+
+  private func sizes(_ tasks: [TensorTask]) -> [Int] {
+    groups.map { $0.tasks.reduce(0) { $0 + tasks[$1].inputByteCount } }
+  }
+
+  private func leastMemory(of tasks: [TensorTask], workers: Int) -> Int {
+    workers * MergeWorkspace.Sizes(of: tasks, share: 0).byteCount
+  }
+}
+
+extension TensorTask {
+  /// Tells a cleaned merge where its findings go and, if it waits for them, its coefficients.
+  fileprivate func prepared(
+    _ findings: CleaningFindings, coefficients: [Double]? = nil
+  ) -> TensorTask {
+    mapMerge { merge in
+      (merge as? any TaskVectorCleaning)?.prepared(findings, coefficients: coefficients) ?? merge
     }
   }
 }

@@ -12,6 +12,17 @@ public struct TaskVectorGrams: Sendable {
 
   mutating func append(_ name: String, _ gram: GramMatrix) { tensors.append((name, gram)) }
 
+  /// Puts the tensors in the order of the model.
+  mutating func sort(like manifest: Manifest) {
+    tensors.sort { manifest.position(of: $0.name)! < manifest.position(of: $1.name)! }
+  }
+
+  /// The matrices of these tensors.
+  func grams(of tensors: [TensorInfo]) -> [GramMatrix] {
+    let known = Dictionary(uniqueKeysWithValues: self.tensors.map { ($0.name, $0.gram) })
+    return tensors.map { known[$0.name]! }
+  }
+
   /// The sum of all.
   public var whole: GramMatrix { sum { _ in true } }
 
@@ -43,16 +54,18 @@ extension TaskVectorGrams {
   public init(of family: ModelFamily, memory: Int, workers: Int) throws {
     self.init(experts: family.experts.map { $0.name })
     let tensors = family.base.manifest.tensors.filter { $0.dtype.isArithmetic }
-    let grams = try TaskVectorGrams.measure(tensors, of: family, memory: memory, workers: workers)
+    let grams = try TaskVectorGrams.measure(
+      tensors, of: family, from: family.sources, memory: memory, workers: workers)
     for (tensor, gram) in zip(tensors, grams) { append(tensor.name, gram) }
   }
 
   /// The Gram matrix of each of these tensors' task vectors.
   static func measure(
-    _ tensors: [TensorInfo], of family: ModelFamily, memory: Int, workers: Int
+    _ tensors: [TensorInfo], of family: ModelFamily, from sources: [any TensorSource],
+    memory: Int, workers: Int
   ) throws -> [GramMatrix] {
     let observation = TaskVectorObservation(experts: family.experts.count)
-    let pipeline = Pipeline(from: family.sources, into: [], memory: memory, workers: workers)
+    let pipeline = Pipeline(from: sources, into: [], memory: memory, workers: workers)
     let steps = tensors.map {
       Step.covering(family.places(of: $0), outputs: [], with: observation)
     }
@@ -154,16 +167,18 @@ extension TaskVectorGrams {
       throw MergeError("the Gram matrices are of another model: its tensors have other names")
     }
   }
+}
 
-  /// - Throws: `MergeError` if a tensor's matrix is not the one that was found in the models.
-  func check(_ name: String, _ expected: GramMatrix, found: GramMatrix) throws(MergeError) {
-    for i in 0..<experts.count {
-      for j in 0..<experts.count where expected[i, j].isFinite {
+extension GramMatrix {
+  /// - Throws: `MergeError` if another matrix was found in the models.
+  func check(isFoundAs found: GramMatrix, in tensor: TensorInfo) throws(MergeError) {
+    for i in 0..<order {
+      for j in 0..<order where self[i, j].isFinite {
         // Sums over rows and over whole tensors round differently.
         let scale = (found[i, i] * found[j, j]).squareRoot()
-        guard abs(expected[i, j] - found[i, j]) <= 1e-5 * scale else {
+        guard abs(self[i, j] - found[i, j]) <= 1e-5 * scale else {
           throw MergeError(
-            "the Gram matrices are of other models: tensor \(quoted(name)) has changed since",
+            "the Gram matrices are of other models: tensor \(quoted(tensor.name)) has changed since",
             remedy: "measure them again by leaving --gram out")
         }
       }

@@ -170,7 +170,7 @@ private struct RowSolver {
     if descent != nil { descend() }
     for lane in 0..<waiting {
       let gram = grams[lane]
-      if gram.isFinite { total += gram }
+      total += gram
       if descent != nil, gram.isFinite, lanes.independent[lane] {
         take(lane)
       } else {

@@ -9,6 +9,8 @@ public struct ActivationRecording: Sendable {
   public struct Options: Sendable {
     /// Whether every token is recorded and not their mean alone.
     public var everyToken = false
+    /// Whether what attention sees is recorded too, under the attention's name.
+    public var attention = false
     /// Whether the last hidden states are recorded too, as `last_hidden_state`.
     public var finalStates = false
 
@@ -33,6 +35,7 @@ public struct ActivationRecording: Sendable {
       inputs.pixels == nil ? inputs.paddedLength : pass.embedding.longestSample(of: inputs)
     let shape = options.everyToken ? [samples, places, pass.width] : [samples, pass.width]
     var names = (0..<pass.layerCount).map { pass.module($0) }
+    if options.attention { names += (0..<pass.layerCount).map { pass.attentionModule($0) } }
     if options.finalStates { names.append(Self.finalName) }
     guard let one = try? TensorInfo(name: "", dtype: .f32, shape: shape) else {
       throw MergeError("\(samples) samples of \(places) tokens are too many to record")
@@ -58,8 +61,10 @@ public struct ActivationRecording: Sendable {
       var states = try TokenStates(embedding: group, of: inputs, for: pass, workers: workers)
       for index in 0..<pass.layerCount {
         let tensor = sink.manifest[pass.module(index)]!
-        try states.advance(through: pass.layer(index), pass.mlp(index), workers: workers) { batch in
-          try record(batch, in: tensor, of: sink)
+        let attention = sink.manifest[pass.attentionModule(index)]
+        try states.advance(through: pass.layer(index), pass.mlp(index), workers: workers) {
+          if let attention { try record($0, in: attention, of: sink) }
+          try record($1, in: tensor, of: sink)
         }
       }
       if options.finalStates {

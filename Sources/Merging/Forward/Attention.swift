@@ -2,10 +2,10 @@ import Glibc
 
 /// Multi-head self-attention; several query heads may share a head of keys and values.
 struct Attention: Sendable {
-  let query: Dense
-  let key: Dense
-  let value: Dense
-  let output: Dense
+  var query: Dense
+  var key: Dense
+  var value: Dense
+  var output: Dense
   let headWidth: Int
   /// What a head's queries and keys go through before they meet, in some models.
   let queryNorm: Norm?
@@ -41,6 +41,14 @@ struct Attention: Sendable {
     return output(mixed)
   }
 
+  /// Adds a task vector of the projections, `scale` times.
+  mutating func add(_ taskVector: Attention, scale: Float) {
+    query.add(taskVector.query, scale: scale)
+    key.add(taskVector.key, scale: scale)
+    value.add(taskVector.value, scale: scale)
+    output.add(taskVector.output, scale: scale)
+  }
+
   private func columns(of head: Int) -> Range<Int> { head * headWidth..<(head + 1) * headWidth }
 
   /// Softmax of every row's scores over the tokens that it sees.
@@ -62,6 +70,31 @@ struct Attention: Sendable {
         sum += share
       }
       for column in first...last { elements[start + column] /= sum }
+    }
+  }
+}
+
+/// What stands where a layer's attention is: one, or a mixture whose weights are put together
+/// anew for every sample.
+enum LayerAttention: Sendable {
+  case dense(Attention)
+  case mixture(router: Router, base: Attention, taskVectors: [Attention])
+
+  func callAsFunction(_ tokens: Matrix<Float>, samples: [Range<Int>]) -> Matrix<Float> {
+    switch self {
+    case .dense(let attention): return attention(tokens, samples: samples)
+    case .mixture(let router, let base, let taskVectors):
+      var outputs = tokens
+      for sample in samples {
+        let own = tokens.block(sample, columns: 0..<tokens.columnCount)
+        var attention = base
+        for (weight, taskVector) in zip(router.mixture(own), taskVectors) {
+          attention.add(taskVector, scale: weight)
+        }
+        outputs.setBlock(
+          sample, columns: 0..<tokens.columnCount, to: attention(own, samples: [0..<own.rowCount]))
+      }
+      return outputs
     }
   }
 }

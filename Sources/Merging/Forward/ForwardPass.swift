@@ -57,7 +57,8 @@ public struct ForwardPass: Sendable {
         remedy: "record the activations with Scripts/capture-activations")
     }
     var layerCount = 0
-    while source.manifest["\(layers)\(layerCount).\(family.query).weight"] != nil {
+    while family.projection(family.query, of: "\(layers)\(layerCount)", in: source.manifest) != nil
+    {
       layerCount += 1
     }
     guard let heads = configuration.heads else {
@@ -65,7 +66,7 @@ public struct ForwardPass: Sendable {
         "the tensors of \(source.path) do not tell how many attention heads it has",
         remedy: "give --heads, or --config with its config.json")
     }
-    let queries = try source.tensor("\(layers)0.\(family.query).weight")
+    let queries = family.projection(family.query, of: "\(layers)0", in: source.manifest)!
     guard heads > 0, queries.shape.count == 2, queries.shape[0] > 0, queries.shape[0] % heads == 0
     else {
       throw CheckpointError(
@@ -93,19 +94,45 @@ public struct ForwardPass: Sendable {
   /// What upscaling calls the MLP of a layer.
   public func module(_ layer: Int) -> String { "\(layerName(layer)).mlp" }
 
+  /// What upscaling calls the attention of a layer.
+  public func attentionModule(_ layer: Int) -> String { "\(layerName(layer)).\(family.attention)" }
+
   /// A layer without its MLP.
   func layer(_ index: Int) throws -> TransformerLayer {
     let name = layerName(index)
     return TransformerLayer(
-      attention: try attention(name, index),
+      attention: try layerAttention(index),
       attentionNorm: try norm("\(name).\(family.attentionNorm)", count: width),
       mlpNorm: try norm("\(name).\(family.mlpNorm)", count: width),
       normsFirst: family.normsFirst)
   }
 
-  private func attention(_ name: String, _ index: Int) throws -> Attention {
+  /// A layer's attention, dense or a mixture.
+  private func layerAttention(_ index: Int) throws -> LayerAttention {
+    let module = attentionModule(index)
+    guard let mixture, let gate = mixture.description.modules.first(where: { $0.prefix == module })
+    else {
+      return .dense(try attention(index, "\(module).", in: weights))
+    }
+    let decoded = TransformerWeights(source: mixture.decoded)
+    return .mixture(
+      router: try mixture.router(gate.gate),
+      base: try attention(index, "\(module).base_model.", in: weights),
+      taskVectors: try mixture.description.experts.indices.map {
+        try attention(index, "\(module).task_vectors.\($0).", in: decoded)
+      })
+  }
+
+  /// - Parameter prefix: In front of the names of the projections.
+  private func attention(
+    _ index: Int, _ prefix: String, in weights: TransformerWeights
+  ) throws -> Attention {
+    let name = layerName(index)
     let inner = (configuration.heads ?? 1) * headWidth
-    let key = try source.tensor("\(name).\(family.key).weight")
+    guard let key = family.projection(family.key, of: name, in: source.manifest) else {
+      throw CheckpointError(
+        file: source.path, tensor: "\(name).\(family.key).weight", "is missing")
+    }
     let keyHeads = (key.shape.first ?? 0) / headWidth
     guard keyHeads > 0, key.shape[0] == keyHeads * headWidth,
       (configuration.heads ?? 1).isMultiple(of: keyHeads),
@@ -117,7 +144,8 @@ public struct ForwardPass: Sendable {
       )
     }
     func dense(_ part: String, _ outputs: Int, _ inputs: Int) throws -> Dense {
-      try weights.dense("\(name).\(part)", outputs: outputs, inputs: inputs)
+      try weights.dense(
+        prefix + family.below(family.attention, part), outputs: outputs, inputs: inputs)
     }
     let hasHeadNorms = source.manifest["\(name).self_attn.q_norm.weight"] != nil
     func headNorm(_ part: String) throws -> Norm? {
@@ -209,17 +237,22 @@ public struct ForwardPass: Sendable {
 
 /// A Transformer layer up to and behind its MLP.
 struct TransformerLayer: Sendable {
-  let attention: Attention
+  let attention: LayerAttention
   let attentionNorm: Norm
   let mlpNorm: Norm
   /// Whether norms come before attention and MLP, or after they were added to what went in.
   let normsFirst: Bool
 
+  /// What the attention sees.
+  func attentionInput(_ states: Matrix<Float>) -> Matrix<Float> {
+    normsFirst ? attentionNorm(states) : states
+  }
+
   /// What the MLP sees, and what its output will be added to.
   func beforeMLP(
     _ states: Matrix<Float>, samples: [Range<Int>]
   ) -> (residual: Matrix<Float>, input: Matrix<Float>) {
-    var residual = attention(normsFirst ? attentionNorm(states) : states, samples: samples)
+    var residual = attention(attentionInput(states), samples: samples)
     residual.add(states)
     guard !normsFirst else { return (residual, mlpNorm(residual)) }
     residual = attentionNorm(residual)

@@ -18,9 +18,16 @@ public final class ProgressiveActivations: TensorSource {
   private let tokenCount: Int
   private let place: Mutex<Place?>
 
-  private struct Place {
-    let layer: Int
-    let inputs: MLPInputs
+  /// Where the samples are: in front of a layer, or at its MLP.
+  private enum Place {
+    case states(layer: Int, TokenStates)
+    case mlp(layer: Int, MLPInputs)
+
+    var layer: Int {
+      switch self {
+      case .states(let layer, _), .mlp(let layer, _): layer
+      }
+    }
   }
 
   /// - Parameters:
@@ -45,7 +52,9 @@ public final class ProgressiveActivations: TensorSource {
         name: "", dtype: .f32, shape: [inputs.sampleCount, tokenCount, pass.width])
     else { throw MergeError("\(inputs.sampleCount) samples are too many to calibrate with") }
     manifest = Manifest(
-      (0..<pass.layerCount).map { recorded.renamed(pass.module($0)) }
+      (0..<pass.layerCount).flatMap { layer in
+        [pass.attentionModule(layer), pass.module(layer)].map { recorded.renamed($0) }
+      }
         + [try! TensorInfo(name: "task", dtype: .i64, shape: [tasks.count])])
     path = inputs.source.path
     self.mixture = mixture
@@ -70,21 +79,24 @@ public final class ProgressiveActivations: TensorSource {
       fill(&buffer, from: offset, of: tasks.span.bytes)
       return
     }
-    let layer = manifest.position(of: tensor.name)!
-    let values = try valuesAtMLP(
-      of: layer, offset / 4..<(offset + buffer.byteCount) / 4)
+    let position = manifest.position(of: tensor.name)!
+    let values = try values(
+      atMLP: !position.isMultiple(of: 2), of: position / 2,
+      offset / 4..<(offset + buffer.byteCount) / 4)
     tensor.dtype.encode(values.span, into: &buffer)
   }
 
-  private func valuesAtMLP(
-    of layer: Int, _ range: Range<Int>
+  private func values(
+    atMLP isMLP: Bool, of layer: Int, _ range: Range<Int>
   ) throws(CheckpointError) -> [Float] {
     do {
-      let inputs = try place.withLock { place in
-        try advance(&place, to: layer)
-        return place!.inputs
+      let batches = try place.withLock { place in
+        if isMLP {
+          return try mlpInputs(&place, of: layer).batches
+        }
+        return try states(&place, before: layer).attentionInputs(of: pass.layer(layer))
       }
-      return values(of: inputs, range)
+      return values(of: batches, range)
     } catch let error as CheckpointError {
       throw error
     } catch {
@@ -92,37 +104,47 @@ public final class ProgressiveActivations: TensorSource {
     }
   }
 
-  private func advance(_ place: inout Place?, to layer: Int) throws {
-    precondition(layer >= place?.layer ?? 0, "layers are calibrated in their order")
-    while place.map({ $0.layer < layer }) ?? true {
-      let states: TokenStates
-      let next: Int
-      if let here = place {
-        states = try here.inputs.advanced(through: pass.mlp(here.layer), workers: workers)
-        next = here.layer + 1
-      } else {
-        states = try TokenStates(
-          embedding: 0..<inputs.sampleCount, of: inputs, for: pass, workers: workers)
-        next = 0
+  /// Takes the samples to the front of a layer.
+  private func states(_ place: inout Place?, before layer: Int) throws -> TokenStates {
+    while true {
+      switch place {
+      case .states(layer, let states):
+        return states
+      case .states(let here, _):
+        precondition(here < layer, "layers are calibrated in their order")
+        _ = try mlpInputs(&place, of: here)
+      case .mlp(let here, let inputs):
+        precondition(here < layer, "a layer's attention is calibrated before its MLP")
+        place = .states(
+          layer: here + 1, try inputs.advanced(through: pass.mlp(here), workers: workers))
+      case nil:
+        place = .states(
+          layer: 0,
+          try TokenStates(
+            embedding: 0..<self.inputs.sampleCount, of: self.inputs, for: pass, workers: workers))
       }
-      place = Place(
-        layer: next, inputs: try states.mlpInputs(of: pass.layer(next), workers: workers))
     }
+  }
+
+  /// Takes the samples to the MLP of a layer.
+  private func mlpInputs(_ place: inout Place?, of layer: Int) throws -> MLPInputs {
+    if case .mlp(layer, let inputs) = place { return inputs }
+    let inputs = try states(&place, before: layer).mlpInputs(
+      of: pass.layer(layer), workers: workers)
+    place = .mlp(layer: layer, inputs)
+    return inputs
   }
 
   /// The last hidden states of all samples, each [tokens, width]. No layer can be read after.
   func finalStates() throws -> [Matrix<Float>] {
     try place.withLock { place in
-      try advance(&place, to: pass.layerCount - 1)
-      let states = try place!.inputs.advanced(
-        through: pass.mlp(pass.layerCount - 1), workers: workers)
-      return states.outputs(try pass.finalNorm())
+      try states(&place, before: pass.layerCount).outputs(try pass.finalNorm())
     }
   }
 
   /// Elements of `[samples, tokens, width]`. Shorter samples fill their places with tokens
   /// repeated as evenly as can be.
-  private func values(of inputs: MLPInputs, _ range: Range<Int>) -> [Float] {
+  private func values(of batches: [TokenBatch], _ range: Range<Int>) -> [Float] {
     var values: [Float] = []
     values.reserveCapacity(range.count)
     let (width, sampleLength) = (pass.width, tokenCount * pass.width)
@@ -130,8 +152,8 @@ public final class ProgressiveActivations: TensorSource {
     var element = range.lowerBound
     while element < range.upperBound {
       let (sample, token) = (element / sampleLength, element % sampleLength / width)
-      while !inputs.batches[batch].samples.contains(sample) { batch += 1 }
-      let here = inputs.batches[batch]
+      while !batches[batch].samples.contains(sample) { batch += 1 }
+      let here = batches[batch]
       let rows = here.rows[sample - here.samples.lowerBound]
       let row = here.states[row: rows.lowerBound + token * rows.count / tokenCount]
       let column = element % width

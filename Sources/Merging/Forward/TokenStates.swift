@@ -82,10 +82,17 @@ struct TokenStates: Sendable {
     return MLPInputs(layer: layer, residuals: residuals.all, batches: inputs.all)
   }
 
-  /// Goes through a layer, showing what its MLP sees.
+  /// What the attention of a layer sees.
+  func attentionInputs(of layer: TransformerLayer) -> [TokenBatch] {
+    batches.map { $0.with(layer.attentionInput($0.states)) }
+  }
+
+  /// Goes through a layer, showing what its attention and its MLP see.
   mutating func advance(
     through layer: TransformerLayer, _ mlp: LayerMLP, workers: Int,
-    recording record: @Sendable (_ mlpInput: TokenBatch) throws -> Void
+    recording record:
+      @Sendable (_ attentionInput: TokenBatch, _ mlpInput: TokenBatch) throws ->
+      Void
   ) throws {
     let before = batches
     let after = StepResults<TokenBatch>(count: before.count)
@@ -93,7 +100,7 @@ struct TokenStates: Sendable {
     } body: { step, _ in
       let batch = before[step]
       let (residual, input) = layer.beforeMLP(batch.states, samples: batch.rows)
-      try record(batch.with(input))
+      try record(batch.with(layer.attentionInput(batch.states)), batch.with(input))
       let output = mlp(input, samples: batch.rows)
       after[step] = batch.with(layer.afterMLP(residual: residual, output: output))
     }
@@ -119,7 +126,7 @@ extension ForwardPass {
   ) throws -> [Matrix<Float>] {
     var states = try TokenStates(embedding: group, of: inputs, for: self, workers: workers)
     for index in 0..<layerCount {
-      try states.advance(through: layer(index), mlp(index), workers: workers) { _ in }
+      try states.advance(through: layer(index), mlp(index), workers: workers) { _, _ in }
     }
     return states.outputs(try finalNorm())
   }

@@ -87,14 +87,28 @@ struct TransformerFamily: Sendable {
     }
   }
 
+  /// A projection of a layer's attention; in a mixture it may be the base of a module.
+  func projection(_ part: String, of layer: String, in manifest: Manifest) -> TensorInfo? {
+    manifest["\(layer).\(part).weight"]
+      ?? manifest["\(layer).\(attention).base_model.\(below(attention, part)).weight"]
+  }
+
+  /// The module of the layer that holds the attention.
+  var attention: String { String(query.prefix { $0 != "." }) }
+
+  /// The rest of a name below that module.
+  func below(_ module: String, _ part: String) -> String {
+    String(part.dropFirst(module.count + 1))
+  }
+
   /// What stands in front of this family's names in a checkpoint, once for every such model in it.
   func stems(in manifest: Manifest) -> [String] {
     manifest.tensors.compactMap { tensor in
       let stem = tensor.name.hasSuffix(landmark) ? tensor.name.dropLast(landmark.count) : nil
       return stem.flatMap { stem in
         let isWhole = stem.isEmpty || stem.hasSuffix(".")
-        let first = "\(stem)\(layers).0.\(query).weight"
-        return isWhole && manifest[first] != nil ? String(stem) : nil
+        let isThere = projection(query, of: "\(stem)\(layers).0", in: manifest) != nil
+        return isWhole && isThere ? String(stem) : nil
       }
     }
   }

@@ -90,10 +90,10 @@ public struct FinishedChunk: Sendable {
 /// that does and fits a worker's share of the memory is read once and kept, as it is stored, by
 /// that worker. A larger one is worked on by all workers together and read once a pass.
 struct MergeRun: Sendable {
-  let sources: [any TensorSource]
+  var sources: [any TensorSource]
   let sink: any TensorSink
   var tasks: [TensorTask]
-  let memory: Int
+  var memory: Int
   let workers: Int
   /// Chunks that need not be made again.
   var finished: Set<Chunk> = []
@@ -110,13 +110,14 @@ struct MergeRun: Sendable {
   /// Elements of a tensor's row that are read and written at once, at most.
   static let windowSize = 512 << 10
 
-  func run() throws {
+  /// Makes the outputs of some tasks, by their numbers, or of all.
+  func run(_ indices: [Int]? = nil) throws {
     let share = memory / max(1, workers)
     let sizes = MergeWorkspace.Sizes(of: tasks, share: share)
     var together: [Int] = []
     var alone: [Item] = []
-    for (index, task) in tasks.enumerated() {
-      switch task.work {
+    for index in indices ?? Array(tasks.indices) {
+      switch tasks[index].work {
       case .copy: alone += chunks(of: index).map { .chunk($0) }
       case .merge(let merge, _, _, _):
         if merge.isReady {

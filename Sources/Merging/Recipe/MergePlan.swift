@@ -557,29 +557,37 @@ extension MergePlan {
     public var passes = 1
     /// Tensors that are read again in every pass, because they do not fit a worker's memory.
     public var tensorsReadAgain = 0
+    /// How often groups wider than a row are read by the cleaning.
+    public var cleaning = CleaningReads()
     /// Bytes that the workers take together.
     public var memory = 0
   }
 
   public func cost(memory: Int, workers: Int) -> Cost {
     var cost = Cost()
-    let share = memory / max(1, workers)
-    let sizes = MergeWorkspace.Sizes(of: tasks, share: share)
-    for task in tasks {
+    cost.cleaning = cleaning?.reads(of: tasks, memory: memory, workers: workers) ?? CleaningReads()
+    cost.bytesRead = cost.cleaning.bytesReadAgain
+    let sizes = MergeWorkspace.Sizes(of: tasks, share: memory / max(1, workers))
+    // The workers' share while groups are held, which are read once however often they are seen.
+    let besideHeld = MergeWorkspace.Sizes(
+      of: tasks, share: (memory - cost.cleaning.held) / max(1, workers))
+    let held = cleaning?.heldTasks(tasks, memory: memory, workers: workers) ?? []
+    for (index, task) in tasks.enumerated() {
       cost.bytesWritten += task.output.byteCount
       cost.bytesMerged += task.inputByteCount
       switch task.work {
       case .copy(let place): cost.bytesRead += place.tensor.byteCount
       case .merge(let merge, _, _, _):
-        let bytes = task.inputByteCount
-        let isReadAgain = !merge.isReady && !sizes.holdsInputs(of: task)
+        let sizes = task.isReadForItsGroup ? besideHeld : sizes
+        let isReadAgain =
+          !held.contains(index) && !merge.isReady && !sizes.holdsInputs(of: task)
         cost.passes = max(cost.passes, task.passes)
-        cost.tensorsReadAgain += isReadAgain || task.isReadForItsGroup ? 1 : 0
-        cost.bytesRead += bytes * (isReadAgain ? 1 + merge.observingPasses : 1)
-        cost.bytesRead += task.isReadForItsGroup ? bytes : 0
+        cost.tensorsReadAgain += isReadAgain ? 1 : 0
+        cost.bytesRead += task.inputByteCount * (isReadAgain ? 1 + merge.observingPasses : 1)
       }
     }
-    cost.memory = workers * sizes.byteCount
+    cost.memory = max(
+      workers * sizes.byteCount, cost.cleaning.held + workers * besideHeld.byteCount)
     return cost
   }
 }
@@ -603,23 +611,18 @@ extension MergePlan {
     didObserve: @escaping @Sendable (TensorInfo, _ bytes: Int) -> Void = { _, _ in }
   ) throws -> DisentanglementSummary? {
     try check(memory: memory, workers: workers)
-    var run = MergeRun(
+    let run = MergeRun(
       sources: sources, sink: journal.map { JournaledSink(sink: sink, journal: $0) } ?? sink,
       tasks: tasks, memory: memory, workers: workers, finished: finished,
-      // What is cleaned is read again for its Gram matrix.
-      forgettable: keepsCache || cleaning != nil ? [] : tensorsReadForOneOutput,
+      forgettable: keepsCache ? [] : tensorsReadForOneOutput,
       didObserve: didObserve, didFinish: didFinish)
     guard let cleaning, cleaning.tensorCount > 0 else {
       try run.run()
       try checkUnchanged()
       return nil
     }
-    let findings = CleaningFindings()
-    var summary = DisentanglementSummary(cleaning.cleaning, experts: cleaning.experts)
-    run.tasks = try cleaning.prepare(run, findings, &summary)
-    try run.run()
+    let summary = try cleaning.run(run)
     try checkUnchanged()
-    try cleaning.conclude(tasks, findings, &summary)
     return summary
   }
 

@@ -4,14 +4,23 @@ import Checkpoints
 ///
 /// The checkpoint holds, for every module, a tensor named by its prefix — `[samples, width]`
 /// averaged over tokens, or `[samples, tokens, width]` — and, to calibrate, `task`, `[samples]`,
-/// the number of each sample's expert. It may be larger than memory: it is read in batches.
+/// the number of each sample's expert. Where texts are padded, `attention_mask`, `[samples, tokens]`,
+/// is 0. It may be larger than memory: it is read sample by sample.
 struct Activations: Sendable {
   let source: any TensorSource
+  /// The places of the tokens that are not padding, of so many.
+  private let places: (tokens: Int, ofSamples: [[Int]])?
 
   /// - Throws: `CheckpointError` if a module has no inputs of its width.
   init(_ source: any TensorSource, of modules: [MixtureDescription.Module]) throws {
     self.source = source
+    places = try Activations.places(in: source)
     for module in modules {
+      if module.isAttention, source.manifest[module.prefix] == nil {
+        throw CheckpointError(
+          file: source.path, tensor: module.prefix, "is missing",
+          remedy: "record the inputs of attention too, with 'smelt activations --attention'")
+      }
       let tensor = try source.tensor(module.prefix)
       guard (2...3).contains(tensor.shape.count), tensor.rowLength == module.width,
         !tensor.shape.contains(0)
@@ -28,6 +37,27 @@ struct Activations: Sendable {
     }
   }
 
+  private static func places(
+    in source: any TensorSource
+  ) throws -> (tokens: Int, ofSamples: [[Int]])? {
+    guard let tensor = source.manifest["attention_mask"], tensor.shape.count == 2,
+      !tensor.shape.contains(0)
+    else { return nil }
+    let mask = try source.integers(of: tensor)
+    let tokens = tensor.shape[1]
+    return (
+      tokens,
+      try (0..<tensor.shape[0]).map { sample in
+        let places = (0..<tokens).filter { mask[sample * tokens + $0] != 0 }
+        guard !places.isEmpty else {
+          throw CheckpointError(
+            file: source.path, tensor: tensor.name, "masks every token of sample \(sample)")
+        }
+        return places
+      }
+    )
+  }
+
   func sampleCount(of module: String) -> Int { source.manifest[module]!.shape[0] }
 
   func tokenCount(of module: String) -> Int {
@@ -35,28 +65,18 @@ struct Activations: Sendable {
     return shape.count == 3 ? shape[1] : 1
   }
 
-  /// Reads a module's inputs, some samples at a time: `body` gets the first sample's number and
-  /// the tokens of a few as rows.
-  func forEachBatch(
-    of module: String, _ body: (_ first: Int, _ tokens: Matrix<Float>) throws -> Void
-  ) throws {
-    let tensor = source.manifest[module]!
-    let (samples, tokens) = (sampleCount(of: module), tokenCount(of: module))
-    let perBatch = max(1, (1 << 20) / (tokens * tensor.rowLength))
-    for first in stride(from: 0, to: samples, by: perBatch) {
-      let count = min(perBatch, samples - first)
-      try body(first, try self.tokens(of: module, first..<first + count))
-    }
-  }
-
-  /// The tokens of some samples, as rows.
-  func tokens(of module: String, _ samples: Range<Int>) throws -> Matrix<Float> {
+  /// The tokens of a sample as rows, its padding left out.
+  func tokens(of module: String, sample: Int) throws -> Matrix<Float> {
     let tensor = source.manifest[module]!
     let (tokens, width) = (tokenCount(of: module), tensor.rowLength)
-    return Matrix(
-      rowCount: samples.count * tokens, columnCount: width,
+    let all = Matrix(
+      rowCount: tokens, columnCount: width,
       elements: try source.floats(
-        of: tensor, samples.lowerBound * tokens * width..<samples.upperBound * tokens * width))
+        of: tensor, sample * tokens * width..<(sample + 1) * tokens * width))
+    guard tensor.shape.count == 3, let places, places.tokens == tokens,
+      places.ofSamples.indices.contains(sample)
+    else { return all }
+    return all.rows(places.ofSamples[sample])
   }
 
   /// The same number of tokens of each of these samples, spread evenly, so that there are about
@@ -68,8 +88,8 @@ struct Activations: Sendable {
     let count = min(all, max(1, rowCount / samples.count))
     var rows: [Float] = []
     for sample in samples {
-      let tokens = try tokens(of: module, sample..<sample + 1)
-      for token in 0..<count { rows += tokens[row: token * all / count] }
+      let tokens = try tokens(of: module, sample: sample)
+      for token in 0..<count { rows += tokens[row: token * tokens.rowCount / count] }
     }
     return Matrix(
       rowCount: samples.count * count, columnCount: source.manifest[module]!.rowLength,
@@ -80,16 +100,15 @@ struct Activations: Sendable {
   func means(
     of module: String, _ samples: [Int]
   ) throws -> (features: Matrix<Float>, largest: Float) {
-    let tokens = tokenCount(of: module)
     let width = source.manifest[module]!.rowLength
     var features = Matrix<Float>(rowCount: samples.count, columnCount: width, repeating: 0)
     var largest: Float = 0
     for (row, sample) in samples.enumerated() {
-      let batch = try self.tokens(of: module, sample..<sample + 1)
-      for token in 0..<tokens {
+      let tokens = try tokens(of: module, sample: sample)
+      for token in 0..<tokens.rowCount {
         for column in 0..<width {
-          let value = batch[token, column]
-          features[row, column] += value / Float(tokens)
+          let value = tokens[token, column]
+          features[row, column] += value / Float(tokens.rowCount)
           largest = max(largest, abs(value))
         }
       }

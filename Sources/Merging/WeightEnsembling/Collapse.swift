@@ -93,16 +93,13 @@ public struct Collapse: Sendable {
   private func averageMixture(in module: MixtureDescription.Module) throws -> [Float] {
     let router = try mixture.router(module.gate)
     let activations = activations!
-    let tokens = activations.tokenCount(of: module.prefix)
     var sums = [Double](repeating: 0, count: router.expertCount)
-    try activations.forEachBatch(of: module.prefix) { _, batch in
-      // The mean over equally many tokens of each sample is the mean over all tokens.
-      let mean = router.mixture(batch)
-      for (expert, weight) in mean.enumerated() {
-        sums[expert] += Double(weight) * Double(batch.rowCount / tokens)
-      }
+    let samples = activations.sampleCount(of: module.prefix)
+    for sample in 0..<samples {
+      let mixture = router.mixture(try activations.tokens(of: module.prefix, sample: sample))
+      for (expert, weight) in mixture.enumerated() { sums[expert] += Double(weight) }
     }
-    return sums.map { Float($0 / Double(activations.sampleCount(of: module.prefix))) }
+    return sums.map { Float($0 / Double(samples)) }
   }
 
   /// Writes the plain model.

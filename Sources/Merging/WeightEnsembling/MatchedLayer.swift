@@ -22,7 +22,13 @@ struct MatchedLayer: Sendable {
   }
 
   /// The losses at the one-hot mixtures, with their derivatives.
+  ///
+  /// Only inner products of outputs are needed. Those of wide outputs are taken of `sketchWidth`
+  /// random directions, which keep them to one part in √sketchWidth, without bias, and cost a
+  /// fraction.
   func quadraticForms() -> QuadraticForms {
+    let layer = sketched()
+    let module = layer.module
     let order = module.taskVectors.count
     var forms = QuadraticForms(order: order, count: samples.tasks.count)
     for task in 0..<order {
@@ -33,36 +39,66 @@ struct MatchedLayer: Sendable {
         let inputs = tokens(of: batch)
         let inside = MLPTangent(mixed, at: inputs, module.activation)
         var residuals: Matrix<Float>?
-        if let experts {
+        if let experts = layer.experts {
           residuals = mixed.fc2(inside.hidden)
           residuals!.subtract(experts[task](inputs, module.activation))
         }
-        let derivatives = module.taskVectors.map { taskVector in
-          var derivative = taskVector.fc2(inside.hidden)
-          derivative.add(
-            .plain(inside.change(by: taskVector, inputs)), .transposed(mixed.fc2.weight))
-          return derivative
+        // The derivatives by all weights of the mixture, below each other.
+        var derivatives = Matrix(
+          .plain(inside.changes(by: module.taskVectors, inputs)), .transposed(mixed.fc2.weight))
+        let length = inputs.rowCount * derivatives.columnCount
+        for (index, taskVector) in module.taskVectors.enumerated() {
+          derivatives.add(taskVector.fc2(inside.hidden), atRow: index * inputs.rowCount)
         }
-        let rowLength = tokensPerSample * tokens.columnCount
+        let sampleLength = tokensPerSample * derivatives.columnCount
         for (index, sample) in batch.enumerated() {
-          let range = index * rowLength..<(index + 1) * rowLength
-          func product(_ left: Matrix<Float>, _ right: Matrix<Float>) -> Double {
-            dotProduct(
-              left.elements.span.extracting(range), right.elements.span.extracting(range))
-          }
+          func start(_ direction: Int) -> Int { direction * length + index * sampleLength }
           for i in 0..<order {
+            let first = derivatives.elements.span.extracting(start(i)..<start(i) + sampleLength)
             for j in 0...i {
-              let value = product(derivatives[i], derivatives[j])
+              let value = dotProduct(
+                first, derivatives.elements.span.extracting(start(j)..<start(j) + sampleLength))
               forms.curvatures[sample, i * order + j] = value
               forms.curvatures[sample, j * order + i] = value
             }
-            if let residuals { forms.slopes[sample, i] = product(derivatives[i], residuals) }
+            guard let residuals else { continue }
+            forms.slopes[sample, i] = dotProduct(
+              first, residuals.elements.span.extracting(start(0)..<start(0) + sampleLength))
           }
-          if let residuals { forms.constants[sample] = product(residuals, residuals) }
+          guard let residuals else { continue }
+          let own = residuals.elements.span.extracting(start(0)..<start(0) + sampleLength)
+          forms.constants[sample] = dotProduct(own, own)
         }
       }
     }
     return forms
+  }
+
+  /// How many directions stand for wider outputs.
+  static let sketchWidth = 256
+
+  /// The layer with outputs of random directions, if there are more.
+  private func sketched() -> MatchedLayer {
+    let width = module.base.fc2.bias.count
+    guard width > Self.sketchWidth else { return self }
+    var directions = Matrix<Float>(
+      rowCount: Self.sketchWidth, columnCount: width, repeating: 0)
+    var values = directions.elements.mutableSpan
+    CounterRandom(seed: 0, tensor: "sketch").fill(
+      &values, from: 0, deviation: 1 / Float(Self.sketchWidth).squareRoot())
+    func sketched(_ mlp: MLPWeights) -> MLPWeights {
+      var mlp = mlp
+      let bias = Matrix(rowCount: width, columnCount: 1, elements: mlp.fc2.bias)
+      mlp.fc2 = Dense(
+        weight: Matrix(.plain(directions), .plain(mlp.fc2.weight)),
+        bias: Matrix(.plain(directions), .plain(bias)).elements)
+      return mlp
+    }
+    var module = module
+    module.base = sketched(module.base)
+    module.taskVectors = module.taskVectors.map(sketched)
+    return MatchedLayer(
+      samples: samples, tokens: tokens, module: module, experts: experts?.map(sketched))
   }
 
   /// What gates do on some of the samples.
@@ -174,8 +210,17 @@ private struct MLPTangent {
     (self.hidden, self.slopes, gates) = (hidden, slopes, opened)
   }
 
-  /// The derivative of `hidden` towards a change of the weights.
-  func change(by taskVector: MLPWeights, _ inputs: Matrix<Float>) -> Matrix<Float> {
+  /// The derivatives of `hidden` towards changes of the weights, below each other.
+  func changes(by taskVectors: [MLPWeights], _ inputs: Matrix<Float>) -> Matrix<Float> {
+    var changes: [Float] = []
+    changes.reserveCapacity(taskVectors.count * hidden.elements.count)
+    for taskVector in taskVectors { changes += change(by: taskVector, inputs).elements }
+    return Matrix(
+      rowCount: taskVectors.count * hidden.rowCount, columnCount: hidden.columnCount,
+      elements: changes)
+  }
+
+  private func change(by taskVector: MLPWeights, _ inputs: Matrix<Float>) -> Matrix<Float> {
     var change = taskVector.fc1(inputs)
     guard let gates, let gate = taskVector.gate else {
       change.multiply(slopes)
@@ -190,6 +235,12 @@ private struct MLPTangent {
 }
 
 extension Matrix where Scalar == Float {
+  /// Adds a matrix to some of the rows.
+  fileprivate mutating func add(_ other: Matrix, atRow row: Int) {
+    let start = row * columnCount
+    for index in other.elements.indices { elements[start + index] += other.elements[index] }
+  }
+
   /// Multiplies element by element.
   mutating func multiply(_ other: Matrix) {
     for index in elements.indices { elements[index] *= other.elements[index] }

@@ -320,7 +320,8 @@ extension MixtureCalibration {
   /// The layer with its experts; `nil` if its MLP is of a kind that cannot be computed.
   private func layer(_ index: Int, _ samples: CalibrationSamples) throws -> MatchedLayer? {
     let (module, _) = mixture.modules[index]
-    guard let activation, module.maps.count == 2 || module.maps.count == 3 else { return nil }
+    guard let activation, !module.isAttention, module.maps.count == 2 || module.maps.count == 3
+    else { return nil }
     func weights(_ source: any TensorSource, _ prefix: String) throws -> MLPWeights? {
       try MLPWeights(of: source, prefix: prefix, maps: module.maps, isTransposed: module.transposed)
     }

@@ -33,6 +33,10 @@ public struct MixtureDescription: Codable, Sendable, Equatable {
     public var maps: [String]
     /// Whether their weights are stored [in, out] and not [out, in].
     public var transposed: Bool
+    /// Whether these are the projections of an attention; absent from MLPs.
+    public var attention: Bool?
+
+    var isAttention: Bool { attention ?? false }
   }
 
   public var experts: [String]

@@ -27,7 +27,7 @@ extension Upscaling {
   public mutating func survey(memory: Int, workers: Int) throws {
     guard surveyPasses > 0 else { return }
     let tensors = modules.flatMap { $0.tensors }.map { family.base.manifest[$0]! }
-    let cleanings = try cleanings(memory: memory, workers: workers)
+    let cleanings = try findCleanings(memory: memory, workers: workers)
     var found: [String: PrunedTensor] = [:]
     // As many tensors together as there are workers: their counters are what takes memory.
     for start in stride(from: 0, to: tensors.count, by: workers) {

@@ -45,12 +45,15 @@ public struct SparseMixture: Sendable {
       throw MergeError(
         "\(base.path) is no model of gate_proj, up_proj and down_proj, which a Mixtral is made of")
     }
-    if let bias = base.manifest.tensors.first(where: { $0.name.hasSuffix(".bias") }) {
-      throw MergeError(
-        "\(base.path) has the bias \(quoted(bias.name)), for which a Mixtral has no place")
-    }
+    let inner = base.manifest["\(modules[0].prefix).up_proj.weight"]!.shape[0]
     configuration = try ModelConfiguration(of: base.path).map {
-      try $0.sparse(experts: experts, expertsPerToken: expertsPerToken, path: base.path)
+      try $0.sparse(
+        experts: experts, expertsPerToken: expertsPerToken, inner: inner, path: base.path)
+    }
+    for tensor in base.manifest.tensors where !Self.hasPlace(for: tensor.name) {
+      throw CheckpointError(
+        file: base.path, tensor: tensor.name, "has no place in a Mixtral",
+        remedy: "leave out --format mixtral")
     }
     for (index, expert) in family.experts.enumerated() {
       for name in modules.flatMap({ $0.tensors })
@@ -77,6 +80,15 @@ public struct SparseMixture: Sendable {
     manifest = Manifest(
       SparseMixture.layOut(base.manifest, modules, experts: experts),
       metadata: base.manifest.metadata)
+  }
+
+  /// Of a layer's tensors, whether a Mixtral's layer has it too.
+  private static func hasPlace(for tensor: String) -> Bool {
+    guard let layer = tensor.firstMatch(of: /(?:^|\.)layers\.\d+\.(.+)/) else { return true }
+    return layer.1.wholeMatch(
+      of:
+        /self_attn\.[qkvo]_proj\.weight|mlp\..+_proj\.weight|(?:input|post_attention)_layernorm\.weight|self_attn\.rotary_emb\.inv_freq/
+    ) != nil
   }
 
   private static func layOut(
@@ -240,7 +252,7 @@ extension Dense {
 extension ModelConfiguration {
   /// A Llama's or Mistral's configuration as that of a Mixtral, its classes' own defaults said.
   fileprivate func sparse(
-    experts: Int, expertsPerToken: Int, path: String
+    experts: Int, expertsPerToken: Int, inner: Int, path: String
   ) throws -> ModelConfiguration {
     guard let type = modelType, ["llama", "mistral"].contains(type) else {
       throw MergeError(
@@ -248,14 +260,22 @@ extension ModelConfiguration {
       )
     }
     var sparse = self
-    sparse["architectures"] = .array([.string("MixtralForCausalLM")])
+    // Not every model has a head for its language: MistralModel, LlamaForSequenceClassification.
+    var architecture = "MixtralForCausalLM"
+    if case .array(let known) = self["architectures"], let own = known.first?.string,
+      let part = own.firstMatch(of: /^(?:Llama|Mistral)(.+)/)?.1
+    {
+      architecture = "Mixtral\(part)"
+    }
+    sparse["architectures"] = .array([.string(architecture)])
     sparse["model_type"] = .string("mixtral")
     sparse["num_local_experts"] = .integer(experts)
     sparse["num_experts_per_tok"] = .integer(expertsPerToken)
     sparse["output_router_logits"] = .bool(false)
     // Where the classes' defaults differ, what the original's meant.
     let defaults: [(String, JSONValue)] = [
-      ("rope_theta", .number(10000)), ("rms_norm_eps", .number(1e-6)),
+      ("rope_theta", self["rope_parameters"]?["rope_theta"] ?? .number(10000)),
+      ("rms_norm_eps", .number(1e-6)), ("intermediate_size", .integer(inner)),
       ("max_position_embeddings", .integer(type == "llama" ? 2048 : 131_072)),
       ("sliding_window", type == "llama" ? .null : .integer(4096)),
     ]

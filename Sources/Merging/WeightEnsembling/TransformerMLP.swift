@@ -16,10 +16,12 @@ public struct TransformerMLP: Sendable, Hashable {
   let activation: Activation?
   /// Whether weights are stored [in, out] and not [out, in].
   let isTransposed: Bool
+  /// Whether these are the projections of an attention and no MLP.
+  let isAttention: Bool
 
   private init(
     _ family: String, _ path: String, module: String? = nil, _ parts: [String],
-    _ activation: Activation? = nil, isTransposed: Bool = false
+    _ activation: Activation? = nil, isTransposed: Bool = false, isAttention: Bool = false
   ) {
     self.family = family
     self.path = path.split(separator: ".").map(String.init)
@@ -27,6 +29,7 @@ public struct TransformerMLP: Sendable, Hashable {
     self.parts = parts
     self.activation = activation
     self.isTransposed = isTransposed
+    self.isAttention = isAttention
   }
 
   public static let families = [
@@ -50,6 +53,34 @@ public struct TransformerMLP: Sendable, Hashable {
       "GPT-NeoX", "layers.{i}.mlp", ["dense_h_to_4h", "dense_4h_to_h"], .gelu),
     TransformerMLP("GPT-2", "h.{i}.mlp", ["c_fc", "c_proj"], .geluTanh, isTransposed: true),
   ]
+
+  /// The projections of the same families' attention, which can be experts as MLPs are.
+  public static let attentions = [
+    attention(
+      "CLIP, SigLIP", "encoder.layers.{i}.self_attn", ["q_proj", "k_proj", "v_proj", "out_proj"]),
+    attention(
+      "BERT, RoBERTa, MiniLM, ViT", "encoder.layer.{i}.attention",
+      [
+        "self.query", "self.key", "self.value", "attention.query", "attention.key",
+        "attention.value", "output.dense",
+      ]),
+    attention(
+      "DistilBERT", "transformer.layer.{i}.attention", ["q_lin", "k_lin", "v_lin", "out_lin"]),
+    attention("timm", "blocks.{i}.attn", ["qkv", "proj"]),
+    attention("T5", "encoder.block.{i}.layer.0.SelfAttention", ["q", "k", "v", "o"]),
+    attention("T5", "decoder.block.{i}.layer.0.SelfAttention", ["q", "k", "v", "o"]),
+    attention(
+      "Llama, Mistral, Qwen, Gemma, Phi", "layers.{i}.self_attn",
+      ["q_proj", "qkv_proj", "k_proj", "v_proj", "o_proj", "dense"]),
+    attention("GPT-NeoX", "layers.{i}.attention", ["query_key_value", "dense"]),
+    attention("GPT-2", "h.{i}.attn", ["c_attn", "c_proj"], isTransposed: true),
+  ]
+
+  private static func attention(
+    _ family: String, _ path: String, _ parts: [String], isTransposed: Bool = false
+  ) -> TransformerMLP {
+    TransformerMLP(family, path, parts, isTransposed: isTransposed, isAttention: true)
+  }
 
   /// The families' names in a sentence.
   public static var knownFamilies: String {
@@ -165,16 +196,37 @@ public struct UpscaledModule: Sendable {
       if members[member.module] == nil { order.append(member.module) }
       members[member.module, default: []].append((member, tensor))
     }
-    return order.compactMap { prefix in
-      let own = members[prefix]!
-      guard let (width, isTransposed) = width(of: own) else { return nil }
-      let mlp = own[0].member.mlp
-      let keys = own.map { $0.member.key }
-      return UpscaledModule(
-        prefix: prefix, layer: own[0].member.layer, mlp: mlp, width: width,
-        tensors: own.map { $0.tensor.name },
-        maps: mlp.parts.filter { keys.contains("\($0).weight") }, isTransposed: isTransposed)
+    return inOrderOfExecution(
+      order.compactMap { prefix in
+        let own = members[prefix]!
+        guard let (width, isTransposed) = width(of: own) else { return nil }
+        let mlp = own[0].member.mlp
+        let keys = own.map { $0.member.key }
+        return UpscaledModule(
+          prefix: prefix, layer: own[0].member.layer, mlp: mlp, width: width,
+          tensors: own.map { $0.tensor.name },
+          maps: mlp.parts.filter { keys.contains("\($0).weight") }, isTransposed: isTransposed)
+      })
+  }
+
+  /// Files may have layer 10 before layer 2, and a layer's MLP before its attention.
+  private static func inOrderOfExecution(_ modules: [UpscaledModule]) -> [UpscaledModule] {
+    var stacks: [String] = []
+    for module in modules where !stacks.contains(module.stack) { stacks.append(module.stack) }
+    return stacks.flatMap { stack in
+      modules.filter { $0.stack == stack }.enumerated().sorted { one, other in
+        let (left, right) = (one.element, other.element)
+        return (left.layer, left.mlp.isAttention ? 0 : 1, one.offset)
+          < (right.layer, right.mlp.isAttention ? 0 : 1, other.offset)
+      }.map(\.element)
     }
+  }
+
+  /// What stands in front of the layer's number.
+  private var stack: String {
+    let words = prefix.split(separator: ".")
+    let behind = mlp.path.count - mlp.path.firstIndex(of: "{i}")! + (mlp.module == nil ? 0 : 1)
+    return words.dropLast(behind).joined(separator: ".")
   }
 
   /// How wide the input is, as the first weight's shape tells, and whether that is a weight's

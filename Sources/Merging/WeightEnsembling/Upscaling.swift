@@ -53,6 +53,8 @@ public struct Upscaling: Sendable {
   public let taskVectorManifest: Manifest
   /// What pruning keeps of each module tensor, by its name in the base.
   private(set) var pruned: [String: PrunedTensor] = [:]
+  /// The task vectors' Gram matrices, if the survey had to find them.
+  var grams: TaskVectorGrams?
   private let members: [String: TransformerMLP.Member]
 
   /// - Throws: `MergeError` if the model has no MLP that is known or an option is out of range.
@@ -230,7 +232,8 @@ extension Upscaling {
       modules: modules.map {
         .init(
           prefix: $0.prefix, original: $0.originalPrefix, gate: gate(of: $0), width: $0.width,
-          maps: $0.maps, transposed: $0.isTransposed)
+          maps: $0.maps, transposed: $0.isTransposed,
+          attention: $0.mlp.isAttention ? true : nil)
       })
     if options.gates == .shared {
       description.aliases = Dictionary(
@@ -260,7 +263,7 @@ extension Upscaling {
   private var activation: Activation? {
     options.activation
       ?? ModelConfiguration(of: family.base.path)?.activation
-      ?? modules[0].activation
+      ?? modules.lazy.compactMap { $0.activation }.first
   }
 }
 
@@ -277,6 +280,8 @@ extension Upscaling {
     public var bytesWritten: Int
     /// How often the MLPs' tensors are read.
     public var passes: Int
+    /// How often groups wider than a row are read by the cleaning.
+    public var reads = CleaningReads()
     public var peakMemory: Int
   }
 
@@ -284,7 +289,7 @@ extension Upscaling {
   public static let memoryBesideTiles = 48 << 20
 
   /// - Parameter memory: the budget of a run.
-  public func cost(memory: Int, withTaskVectors: Bool) -> Cost {
+  public func cost(memory: Int, workers: Int, withTaskVectors: Bool) -> Cost {
     let gates = storedGates.flatMap { $0.tensors }.reduce(0) { $0 + $1.elementCount }
     var cost = Cost(
       parameters: gates, remaining: gates, bytesRead: 0,
@@ -304,6 +309,15 @@ extension Upscaling {
         tensor.dtype.isArithmetic
         ? family.places(of: tensor).reduce(0) { $0 + $1.tensor.byteCount } : tensor.byteCount
       cost.bytesRead += bytes * (isModule ? cost.passes : 1)
+    }
+    if let cleaning = options.cleaning {
+      // A survey needs to know before what else is held in memory while it is written.
+      let isSurveyed = surveyPasses > 0
+      let reads = cleaning.reads(
+        of: family, memory: isSurveyed ? 0 : memory, workers: workers, grain: largestGrain)
+      cost.bytesRead += reads.bytesReadAgain
+      cost.passes += reads.groupsReadTwice > 0 ? 1 : 0
+      if !isSurveyed { cost.reads = reads }
     }
     let heads = headTensors.reduce(0) { $0 + $1.own.elementCount }
     cost.parameters += heads

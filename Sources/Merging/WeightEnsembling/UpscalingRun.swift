@@ -19,13 +19,13 @@ extension Upscaling {
   ) throws -> Report {
     let coded = codedVectors
     let sink = TaskVectorSink(mixture, coded)
-    let pipeline = Pipeline(
-      from: family.sources, into: [sink] + (taskVectors.map { [$0] } ?? []), memory: memory,
-      workers: workers)
     var cleanings: [String: TensorCleaning] = [:]
-    func write(_ parts: [(tensor: TensorInfo, cleaning: TensorCleaning)]) throws
-      -> [TensorFindings]
-    {
+    func write(
+      _ parts: [(tensor: TensorInfo, cleaning: TensorCleaning)], from inputs: Cleaning.Inputs
+    ) throws -> [TensorFindings] {
+      let pipeline = Pipeline(
+        from: inputs.sources, into: [sink] + (taskVectors.map { [$0] } ?? []),
+        memory: inputs.memory, workers: workers)
       for part in parts { cleanings[part.tensor.name] = part.cleaning }
       let steps = parts.map {
         self.steps(
@@ -38,10 +38,12 @@ extension Upscaling {
     var report = Report()
     if let cleaning = options.cleaning {
       report.cleaning = try cleaning.run(
-        on: family, grams: nil, memory: memory, workers: workers, write: write)
+        on: family, grams: grams, isKnownForSure: true, memory: memory, workers: workers,
+        grain: largestGrain, write: write)
     } else {
       let tensors = family.base.manifest.tensors.filter { $0.dtype.isArithmetic }
-      _ = try write(tensors.map { ($0, .none) })
+      let files = Cleaning.Inputs(sources: family.sources, memory: memory)
+      _ = try write(tensors.map { ($0, .none) }, from: files)
     }
     var distances = sink.errors
     try writeFactors(
@@ -104,15 +106,25 @@ extension Upscaling {
     return operation.steps(family.places(of: tensor), outputs: outputs)
   }
 
-  /// How every tensor is cleaned; what shares a redundant vector wider than a row is read for it.
-  func cleanings(memory: Int, workers: Int) throws -> [String: TensorCleaning] {
+  /// How every tensor is cleaned. What shares a redundant vector wider than a row is read for
+  /// it, once: the run will know the Gram matrices.
+  mutating func findCleanings(memory: Int, workers: Int) throws -> [String: TensorCleaning] {
+    guard let cleaning = options.cleaning else { return [:] }
+    let experts = family.experts.count
     var cleanings: [String: TensorCleaning] = [:]
-    _ = try options.cleaning?.run(on: family, grams: nil, memory: memory, workers: workers) {
-      parts in
+    let summary = try cleaning.run(on: family, grams: nil, memory: memory, workers: workers) {
+      parts, _ in
       for part in parts { cleanings[part.tensor.name] = part.cleaning }
-      return parts.map { _ in TensorFindings(experts: family.experts.count) }
+      return parts.map { _ in TensorFindings(experts: experts) }
     }
+    if cleaning.method.scope != .row { grams = summary.grams }
     return cleanings
+  }
+
+  /// The elements that have to be in one tile of some tensor.
+  var largestGrain: Int {
+    family.base.manifest.tensors.filter { $0.dtype.isArithmetic }
+      .map { operation(for: $0, .none).grain }.max() ?? 1
   }
 
   /// The arithmetic of one tensor.

@@ -1,4 +1,4 @@
-"""Train a text encoder and three experts, for measuring AWD on more than digits.
+"""Train a text encoder and three experts, for measuring mixtures on more than digits.
 
     python train_encoder.py FOLDER
 

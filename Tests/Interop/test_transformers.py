@@ -1,0 +1,114 @@
+"""What Smelt and Scripts/capture-activations make for, and of, models of transformers.
+
+Needs torch and transformers beside what the other interop tests need; skipped without them.
+Tests/Interop/README.md tells how to run it with them.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+import unittest
+from pathlib import Path
+
+import numpy as np
+from test_wemoe import FAMILIES, FORWARD, ROOT, make_experts, make_mixture, smelt, tiny_model
+
+# Where torch or transformers is missing, test_wemoe has said so.
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+CAPTURE = ROOT / "Scripts" / "capture-activations"
+
+
+def assert_close(test, one, other, tolerance=1e-4):
+    """Check that two arrays differ by little beside the largest element."""
+    one, other = np.asarray(one), np.asarray(other)
+    test.assertEqual(one.shape, other.shape)
+    test.assertLess(np.abs(one - other).max() / np.abs(other).max(), tolerance)
+
+
+class CaptureTests(unittest.TestCase):
+    def setUp(self):
+        self.folder = Path(self.enterContext(tempfile.TemporaryDirectory()))
+
+    def capture(self, *arguments):
+        subprocess.run([sys.executable, CAPTURE, *map(str, arguments)], check=True, capture_output=True)
+
+    def test_smelt_records_the_same(self):
+        """Of every architecture that Smelt runs: the same tensors, names and types, means and tokens."""
+        theirs, ours = self.folder / "theirs.safetensors", self.folder / "ours.safetensors"
+        for family in FAMILIES:
+            for inputs in sorted((FORWARD / family).glob("inputs*.safetensors")):
+                for options in ([], ["--tokens", "--final"]):
+                    with self.subTest(family=family, inputs=inputs.name, options=options):
+                        self.capture(FORWARD / family, inputs, "-o", theirs, *options)
+                        smelt("activations", FORWARD / family, inputs, "-o", ours, *options)
+                        one, other = load_file(theirs), load_file(ours)
+                        self.assertEqual(
+                            {name: (t.dtype, t.shape) for name, t in one.items()},
+                            {name: (t.dtype, t.shape) for name, t in other.items()},
+                        )
+                        for name, tensor in one.items():
+                            assert_close(self, tensor, other[name])
+
+    def test_routers_of_other_architectures_are_fitted(self):
+        """GPT-2's and T5's recordings have the modules that their mixtures have."""
+        for kind in ("gpt2", "t5", "t5 1.1"):
+            with self.subTest(kind):
+                folder = self.folder / kind
+                base, _ = tiny_model(folder, kind)
+                inputs, recorded = self.folder / "inputs.npz", self.folder / "recorded.safetensors"
+                ids, task = np.random.default_rng(2).integers(3, 40, (16, 6)), np.arange(16) % 2
+                np.savez(inputs, input_ids=ids, attention_mask=np.ones_like(ids), task=task)
+                self.capture(folder, inputs, "-o", recorded)
+                mixture = make_mixture(self.folder, base)
+                modules = json.loads(smelt("inspect", mixture, "--json"))["metadata"]["wemoe"]
+                modules = {module["prefix"] for module in json.loads(modules)["modules"]}
+                self.assertEqual(set(load_file(recorded)) - {"task"}, modules)
+                smelt("calibrate", mixture, "--activations", recorded, "-o", self.folder / "fitted.h5")
+
+
+class MixtralTests(unittest.TestCase):
+    @torch.no_grad()
+    def test_transformers_loads_it(self):
+        """All weights find their places, and whatever expert a gate picks computes as it did alone."""
+        for family, model_class, auto in (
+            ("llama", transformers.LlamaForCausalLM, transformers.AutoModelForCausalLM),
+            ("mistral", transformers.MistralModel, transformers.AutoModel),
+        ):
+            for own in (0, 1):
+                with self.subTest(family=family, expert=own), tempfile.TemporaryDirectory() as folder:
+                    folder = Path(folder)
+                    experts = make_experts(folder, FORWARD / family / "model.safetensors")
+                    inputs = folder / "inputs.npz"
+                    ids = np.random.default_rng(4).integers(3, 40, (16, 6))
+                    np.savez(inputs, input_ids=ids, task=np.arange(16) % 2)
+                    recorded = folder / "recorded.safetensors"
+                    smelt("activations", FORWARD / family, inputs, "--tokens", "-o", recorded)
+                    smelt(
+                        "upscale", *experts, "--format", "mixtral", "--activations", recorded,
+                        "--experts-per-token", 1, "-o", folder / "mixtral",
+                    )  # fmt: skip
+                    smelt("upscale", *experts, "-o", folder / "moe.h5")
+                    name = ("one", "two")[own]
+                    smelt("collapse", folder / "moe.h5", "--expert", name, "-o", folder / "plain.safetensors")
+                    # Gates have no bias with which to always pick the same expert: the others become it.
+                    tensors = load_file(folder / "mixtral" / "model.safetensors")
+                    for key in [key for key in tensors if f".experts.{1 - own}." in key]:
+                        tensors[key] = tensors[key.replace(f".experts.{1 - own}.", f".experts.{own}.")].clone()
+                    save_file(tensors, folder / "mixtral" / "model.safetensors", {"format": "pt"})
+                    mixtral, report = auto.from_pretrained(folder / "mixtral", output_loading_info=True)
+                    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+                        self.assertFalse(report[problem])
+                    plain = model_class.from_pretrained(
+                        None, config=transformers.AutoConfig.from_pretrained(FORWARD / family),
+                        state_dict=load_file(folder / "plain.safetensors"),
+                    )  # fmt: skip
+                    tokens = torch.from_numpy(ids[:3])
+                    assert_close(self, mixtral.eval()(tokens)[0], plain.eval()(tokens)[0])
+
+
+if __name__ == "__main__":
+    unittest.main()
