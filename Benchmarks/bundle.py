@@ -1,6 +1,6 @@
 """Bundles beside zipnn, python-zstandard and the zstd command: size and speed.
 
-    SMELT=path/to/smelt python Benchmarks/bundle.py [MILLIONS_OF_PARAMETERS]
+    SMELT=path/to/smelt python Benchmarks/bundle.py [MILLIONS_OF_PARAMETERS [TENSORS]]
     SMELT=path/to/smelt python Benchmarks/bundle.py MODELS
     SMELT=path/to/smelt python Benchmarks/bundle.py --one-tensor [GIGABYTES_UNPACKED]
 
@@ -246,8 +246,9 @@ def main():
         return measure_models(argument)
     millions = int(argument)
     random = np.random.default_rng(0)
-    rows = millions * 1000 * 1000 // 1024 // 16
-    weights = [random.standard_normal((rows, 1024), dtype=np.float32) * 0.02 for _ in range(16)]
+    tensors = int(sys.argv[2]) if len(sys.argv) > 2 else 16
+    rows = millions * 1000 * 1000 // 1024 // tensors
+    weights = [random.standard_normal((rows, 1024), dtype=np.float32) * 0.02 for _ in range(tensors)]
     base = {f"layers.{i}.weight": w.astype(BF16) for i, w in enumerate(weights)}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
