@@ -9,9 +9,13 @@ squares are less exact than what is compared. DELLA is left out: its draws are n
 mergekit's. Of equal magnitudes at the threshold TIES and breadcrumbs keep the first, mergekit any: the
 share of differing elements is shown. Nor is there an agreement on Arcee Fusion where mergekit samples its quantiles, in tensors
 of more than a million elements: their share of differing elements is shown. dare_* run with --rng mergekit.
+
+With --bfloat16 models and results are BF16 and differences are counted in units in the last place of it:
+what differs in the last bits of F32 may round to neighbours.
 """
 
 import argparse
+import json
 import shutil
 import subprocess
 import sys
@@ -19,7 +23,6 @@ import tempfile
 from pathlib import Path
 
 import numpy
-from safetensors import safe_open
 
 SMELT = Path(__file__).parents[1] / ".build" / "release" / "smelt"
 SEED = "7"
@@ -56,8 +59,8 @@ RECIPES = {
 }
 
 
-def write_recipe(path, dtype, folder, method, base, models, parameters):
-    lines = [f"merge_method: {method}", f"dtype: {dtype}", "out_dtype: float32", f"parameters: {{{parameters}}}", "models:"]
+def write_recipe(path, dtype, out, folder, method, base, models, parameters):
+    lines = [f"merge_method: {method}", f"dtype: {dtype}", f"out_dtype: {out}", f"parameters: {{{parameters}}}", "models:"]
     lines += [f"  - model: {folder}/model{model}" for model in models]
     if base is not None:
         lines.append(f"base_model: {folder}/model{base}")
@@ -70,19 +73,43 @@ def run(*command):
         raise RuntimeError(f"{' '.join(map(str, command))} failed:\n{result.stderr[-2000:]}")
 
 
+def tensors(path):
+    """Return the tensors of a safetensors file of F32 or BF16 by name; BF16 as 16-bit codes."""
+    with open(path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+    header.pop("__metadata__", None)
+    types = {"F32": numpy.float32, "BF16": numpy.uint16}
+    return {
+        name: numpy.memmap(path, types[entry["dtype"]], "r", 8 + size + entry["data_offsets"][0], tuple(entry["shape"]))
+        for name, entry in header.items()
+    }
+
+
+def gaps(one, other):
+    """Return the differences of two tensors: of F32 as numbers, of BF16 in units in the last place."""
+    if one.dtype == numpy.float32:
+        return numpy.abs(one - other)
+    # The codes of a sign and a magnitude, as numbers in the order of the values.
+    one, other = (
+        numpy.where(codes < 0x8000, codes, 0x8000 - codes.astype(numpy.int32)) for codes in (one, other)
+    )
+    return numpy.abs(one - other)
+
+
 def differences(ours, theirs):
     """Return the largest difference, its tensor, and the share of the elements that differ."""
     largest, worst, different, count = 0.0, "", 0, 0
-    with safe_open(ours, "np") as ours, safe_open(theirs, "np") as theirs:
-        assert set(ours.keys()) == set(theirs.keys()), set(ours.keys()) ^ set(theirs.keys())
-        for name in ours.keys():
-            one, other = ours.get_tensor(name), theirs.get_tensor(name)
-            assert one.shape == other.shape and one.dtype == other.dtype, name
-            gap = float(numpy.abs(one - other).max())
-            if not gap <= largest:  # NaN as well
-                largest, worst = gap, name
-            different += int((one != other).sum())
-            count += one.size
+    ours, theirs = tensors(ours), tensors(theirs)
+    assert set(ours) == set(theirs), set(ours) ^ set(theirs)
+    for name, one in ours.items():
+        other = theirs[name]
+        assert one.shape == other.shape and one.dtype == other.dtype, name
+        gap = gaps(one, other)
+        if not gap.max() <= largest:  # NaN as well
+            largest, worst = float(gap.max()), name
+        different += int((gap != 0).sum())
+        count += one.size
     return largest, worst, different / count
 
 
@@ -93,25 +120,31 @@ def main():
     parser.add_argument("--gigabytes", type=float, default=0.08)
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--recipes", nargs="*", default=list(RECIPES))
+    parser.add_argument("--bfloat16", action="store_true")
     options = parser.parse_args()
     folder = options.folder or Path(tempfile.mkdtemp())
     if not (folder / "model3" / "model.safetensors").exists():
-        run(sys.executable, Path(__file__).parent / "merge_models.py", folder, "--float32",
-            "--gigabytes", options.gigabytes, "--hidden", options.hidden)  # fmt: skip
+        run(sys.executable, Path(__file__).parent / "merge_models.py", folder,
+            "--gigabytes", options.gigabytes, "--hidden", options.hidden,
+            *([] if options.bfloat16 else ["--float32"]))  # fmt: skip
+    out = "bfloat16" if options.bfloat16 else "float32"
     failed = False
     for name in options.recipes:
         *recipe, allowed = RECIPES[name]
         path, ours, theirs = folder / "recipe.yml", folder / "ours", folder / "theirs"
         for output in (ours, theirs):
             shutil.rmtree(output, ignore_errors=True)
-        write_recipe(path, "float32", folder, *recipe)
+        write_recipe(path, "float32", out, folder, *recipe)
         run(SMELT, "merge", "--quiet", "--rng", "mergekit", "--seed", SEED, path, ours)
         if allowed and not name.startswith("dare"):
-            write_recipe(path, "float64", folder, *recipe)
+            write_recipe(path, "float64", out, folder, *recipe)
         run(options.mergekit, path, theirs, "--random-seed", SEED)
         largest, worst, share = differences(
             ours / "model.safetensors", next(theirs.glob("*.safetensors"))
         )
+        # Rounding to BF16 makes a unit of the smallest difference, and more of them near zero.
+        if options.bfloat16 and allowed:
+            allowed = None
         is_far = allowed is not None and not largest <= allowed
         failed |= is_far
         print(

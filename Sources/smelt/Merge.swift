@@ -82,7 +82,7 @@ struct Merge: ParsableCommand {
     }
     let interrupted = try Interrupted(output, identity: identity(text, parsed))
     let pieces = try interrupted.pieces(of: plan, isResuming: resume)
-    let sink = try makeSink(plan, sideFiles)
+    let sink = try makeSink(plan, sideFiles, recipeText: text)
     let journal = try interrupted.begin()
     // Whatever ends here has removed its unfinished files; only a kill leaves something behind.
     defer { interrupted.end() }
@@ -95,7 +95,7 @@ struct Merge: ParsableCommand {
     }
     // Also of a merge that was killed before it had finished a piece.
     if resume { interrupted.removeLeftovers() }
-    try merge(plan, cost, into: sink, journal: journal, finished: finished)
+    try merge(plan, into: sink, journal: journal, finished: finished)
   }
 
   /// All that the result's bytes depend on.
@@ -109,10 +109,12 @@ struct Merge: ParsableCommand {
   }
 
   private func merge(
-    _ plan: MergePlan, _ cost: MergePlan.Cost, into sink: any TensorSink, journal: MergeJournal,
-    finished: Set<Chunk>
+    _ plan: MergePlan, into sink: any TensorSink, journal: MergeJournal, finished: Set<Chunk>
   ) throws {
+    let cost = plan.cost(
+      memory: resources.memory.bytes, workers: resources.jobs, finished: finished)
     let progress = Progress(total: cost.bytesRead + cost.bytesWritten, isQuiet: quiet)
+    defer { progress.finish() }
     let notFinite = Mutex<[String: Int]>([:])
     let cleaning = try plan.run(
       into: sink, memory: resources.memory.bytes, workers: resources.jobs, journal: journal,
@@ -225,8 +227,14 @@ struct Merge: ParsableCommand {
     return OutputFolder.Files()
   }
 
-  private func makeSink(_ plan: MergePlan, _ files: OutputFolder.Files) throws -> any TensorSink {
-    guard !isFile else { return try Checkpoint.create(output, plan.manifest) }
+  private func makeSink(_ plan: MergePlan, _ files: OutputFolder.Files, recipeText: String) throws
+    -> any TensorSink
+  {
+    guard !isFile else {
+      // A file alone says where it comes from in its metadata.
+      let metadata = plan.manifest.metadata.merging(["recipe": recipeText]) { own, _ in own }
+      return try Checkpoint.create(output, Manifest(plan.manifest.tensors, metadata: metadata))
+    }
     return try ModelFolder.create(
       output, plan.manifest, shardSize: shardSize.bytes, sideFilesOf: files.original,
       files: files.contents, replacing: force)

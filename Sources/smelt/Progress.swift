@@ -1,3 +1,4 @@
+import Checkpoints
 import Foundation
 import Glibc
 import Synchronization
@@ -46,18 +47,25 @@ final class Progress: Sendable {
     let percent = total == 0 ? 100 : min(100, 100 * done / total)
     let time = left >= 60 ? "\(left / 60) min \(left % 60) s" : "\(left) s"
     return
-      "\(percent) % of \(ByteSize(bytes: total)), \(ByteSize(bytes: Int(rate)))/s, \(time) left, \(tensor)"
+      "\(percent) % of \(ByteSize(bytes: total)), \(ByteSize(bytes: Int(rate)))/s, \(time) left, \(quoted(tensor))"
   }
 
   private func write(_ line: String) {
-    let text = isTerminal ? "\r\u{1B}[K\(line.prefix(100))" : "\(line)\n"
+    let text = isTerminal ? "\r\u{1B}[K\(line.prefix(Progress.terminalWidth - 1))" : "\(line)\n"
     FileHandle.standardError.write(Data(text.utf8))
+  }
+
+  /// Columns of the terminal; a longer line would not be written over as a whole.
+  private static var terminalWidth: Int {
+    var size = winsize()
+    return ioctl(2, UInt(TIOCGWINSZ), &size) == 0 && size.ws_col > 0 ? Int(size.ws_col) : 80
   }
 
   /// Clears the line.
   func finish() {
     state.withLock { state in
       guard state.isShown, isTerminal else { return }
+      state.isShown = false
       FileHandle.standardError.write(Data("\r\u{1B}[K".utf8))
     }
   }

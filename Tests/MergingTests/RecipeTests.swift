@@ -352,6 +352,33 @@ struct MergePlanTests {
     #expect(done.value == cost.bytesRead + cost.bytesWritten)
   }
 
+  @Test(arguments: [1 << 20, 1 << 26])
+  func `what a resumed merge has left to do is counted without what is finished`(memory: Int) throws
+  {
+    let plan = try plan(
+      """
+      merge_method: ties
+      base_model: a
+      models: [{model: b}, {model: c}]
+      parameters: {weight: 1, density: 0.5}
+      """, ["b", "c", "a"].map { try model(3, path: $0) })
+    let finished = Set(
+      plan.tasks.indices.filter { $0.isMultiple(of: 2) }
+        .map { Chunk(task: $0, elements: 0..<plan.tasks[$0].output.elementCount) })
+    let done = Sum()
+    try plan.run(
+      into: MemorySink(plan.manifest.tensors), memory: memory, workers: 2, finished: finished
+    ) {
+      done.add($0.bytesRead + $0.bytesWritten)
+    } didObserve: { _, bytes in
+      done.add(bytes)
+    }
+    let whole = plan.cost(memory: memory, workers: 2)
+    let cost = plan.cost(memory: memory, workers: 2, finished: finished)
+    #expect(done.value == cost.bytesRead + cost.bytesWritten)
+    #expect(cost.bytesWritten > 0 && cost.bytesWritten < whole.bytesWritten)
+  }
+
   static let linear = """
     merge_method: linear
     models: [{model: a}, {model: b}]

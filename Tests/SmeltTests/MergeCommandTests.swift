@@ -146,6 +146,7 @@ struct MergeCommandTests {
     let (merged, expected) = (
       try Checkpoint.open(folder(name)), try Checkpoint.open(folder("reference"))
     )
+    #expect(try merged.manifest.metadata["recipe"] == text("recipe.yml"))
     for tensor in expected.manifest.tensors {
       #expect(try merged.bytes(of: merged.tensor(tensor.name)) == expected.bytes(of: tensor))
     }

@@ -17,7 +17,7 @@ public struct TransformerMLP: Sendable, Hashable {
   /// Whether weights are stored [in, out] and not [out, in].
   let isTransposed: Bool
   /// Whether these are the projections of an attention and no MLP.
-  let isAttention: Bool
+  public let isAttention: Bool
 
   private init(
     _ family: String, _ path: String, module: String? = nil, _ parts: [String],
