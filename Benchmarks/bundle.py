@@ -1,6 +1,6 @@
 """Bundles beside zipnn, python-zstandard and the zstd command: size and speed.
 
-    SMELT=path/to/smelt python Benchmarks/bundle.py [MILLIONS_OF_PARAMETERS]
+    SMELT=path/to/smelt python Benchmarks/bundle.py [MILLIONS_OF_PARAMETERS [TENSORS]]
     SMELT=path/to/smelt python Benchmarks/bundle.py MODELS
     SMELT=path/to/smelt python Benchmarks/bundle.py --one-tensor [GIGABYTES_UNPACKED]
 
@@ -9,8 +9,8 @@ model.safetensors. Each is packed alone, the others against the base too, and th
 --one-tensor counts the bytes that are read to get one tensor out of a large bundle.
 
 Needs numpy, ml_dtypes, safetensors, zstandard, zipnn and the zstd command. Every file is in
-the page cache and every way gets the same number of cores. Times are the best of three, of the
-whole way from file to file. MB/s are of unpacked bytes; "a core" is of processor time. "limit" is the
+the page cache and every way gets the same number of cores. Times are medians of five, of the
+whole way from file to a new file that has reached the disk (fsync on every side). MB/s are of unpacked bytes; "a core" is of processor time. "limit" is the
 order-0 entropy of the exponents, and of the differences in steps for each exponent of the base; it is
 beaten where whole tensors are the same or runs repeat.
 """
@@ -18,6 +18,7 @@ beaten where whole tensors are the same or runs repeat.
 import json
 import os
 import resource
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -39,18 +40,31 @@ def processor_time():
     return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
 
 
-def best(work):
-    """The least wall time and the least processor time of three runs."""
+def time_of(work, output):
+    """The medians of wall time and of processor time of five runs, each to a new file."""
     times = []
-    for _ in range(3):
+    for _ in range(5):
+        output.unlink(missing_ok=True)
         begin, used = time.perf_counter(), processor_time()
         work()
         times.append((time.perf_counter() - begin, processor_time() - used))
-    return [min(column) for column in zip(*times)]
+    return [statistics.median(column) for column in zip(*times)]
 
 
 def run(*arguments):
     subprocess.run([str(a) for a in arguments], check=True, stdout=subprocess.DEVNULL)
+
+
+def write(path, data):
+    with open(path, "wb") as file:
+        file.write(data)
+        os.fsync(file.fileno())
+
+
+def run_and_sync(output, *arguments):
+    run(*arguments)
+    with open(output, "rb") as file:
+        os.fsync(file.fileno())
 
 
 def with_smelt(source, packed, back, *options):
@@ -62,16 +76,16 @@ def with_smelt(source, packed, back, *options):
 
 def with_zstd(source, packed, back):
     return (
-        lambda: run("zstd", "-qf", "-3", f"-T{CORES}", source, "-o", packed),
-        lambda: run("zstd", "-qdf", packed, "-o", back),
+        lambda: run_and_sync(packed, "zstd", "-qf", "-3", f"-T{CORES}", source, "-o", packed),
+        lambda: run_and_sync(back, "zstd", "-qdf", packed, "-o", back),
     )
 
 
 def with_zstandard(source, packed, back):
     packer = zstandard.ZstdCompressor(level=3, threads=CORES)
     return (
-        lambda: packed.write_bytes(packer.compress(source.read_bytes())),
-        lambda: back.write_bytes(zstandard.ZstdDecompressor().decompress(packed.read_bytes())),
+        lambda: write(packed, packer.compress(source.read_bytes())),
+        lambda: write(back, zstandard.ZstdDecompressor().decompress(packed.read_bytes())),
     )
 
 
@@ -82,19 +96,22 @@ def with_zipnn(source, packed, back, dtype):
         return ZipNN(bytearray_dtype=dtype, threads=CORES)
 
     return (
-        lambda: packed.write_bytes(tool().compress(source.read_bytes())),
-        lambda: back.write_bytes(tool().decompress(packed.read_bytes())),
+        lambda: write(packed, tool().compress(source.read_bytes())),
+        lambda: write(back, tool().decompress(packed.read_bytes())),
     )
 
 
 def with_cp(source, packed, back):
-    return lambda: run("cp", source, packed), lambda: run("cp", packed, back)
+    return (
+        lambda: run_and_sync(packed, "cp", source, packed),
+        lambda: run_and_sync(back, "cp", packed, back),
+    )
 
 
 def measure(folder, source, name, work):
     packed, back = folder / f"packed{'.safetensors.zst' if name == 'smelt' else ''}", folder / "back.safetensors"
     pack, unpack = work(source, packed, back)
-    (pack_wall, pack_used), (unpack_wall, unpack_used) = best(pack), best(unpack)
+    (pack_wall, pack_used), (unpack_wall, unpack_used) = time_of(pack, packed), time_of(unpack, back)
     assert back.read_bytes() == source.read_bytes(), name
     size = source.stat().st_size
     print(
@@ -179,7 +196,7 @@ def measure_models(models):
                 if kind:
                     measure(folder, path, "zipnn", lambda *files: with_zipnn(*files, kind))
         bundle, family = folder / "family.safetensors.zst", [f"{name}={path}" for name, path in paths.items()]
-        wall, used = best(lambda: run(SMELT, "pack", "--base", base, *family, bundle))
+        wall, used = time_of(lambda: run(SMELT, "pack", "--base", base, *family, bundle), bundle)
         size = sum(path.stat().st_size for path in [base, *paths.values()])
         print(
             f"all {1 + len(paths)} as a family: {bundle.stat().st_size / 1e6:.1f} of {size / 1e6:.1f} MB,"
@@ -229,8 +246,9 @@ def main():
         return measure_models(argument)
     millions = int(argument)
     random = np.random.default_rng(0)
-    rows = millions * 1000 * 1000 // 1024 // 16
-    weights = [random.standard_normal((rows, 1024), dtype=np.float32) * 0.02 for _ in range(16)]
+    tensors = int(sys.argv[2]) if len(sys.argv) > 2 else 16
+    rows = millions * 1000 * 1000 // 1024 // tensors
+    weights = [random.standard_normal((rows, 1024), dtype=np.float32) * 0.02 for _ in range(tensors)]
     base = {f"layers.{i}.weight": w.astype(BF16) for i, w in enumerate(weights)}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

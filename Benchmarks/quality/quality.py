@@ -292,12 +292,14 @@ def measure(suite, scratch, routing, only):
         yield row(f"task arithmetic {scaling}", accuracies(suite, dense(suite, path)), 1)
     path = merged(suite, scratch, "ties", **{"lambda": 1.0, "density": 0.2})
     yield row("TIES, density 0.2", accuracies(suite, dense(suite, path)), 1)
-    smelt("upscale", "--base", suite.path("base"), *experts(suite), "-o", scratch / "raw.safetensors")
-    values = []
-    for task in suite.tasks:
-        smelt("collapse", scratch / "raw.safetensors", "--expert", task, "-o", scratch / "collapsed.safetensors")
-        values += accuracies(suite, dense(suite, scratch / "collapsed.safetensors"), [task])
-    yield row("WEMoE, routed by hand", values, (scratch / "raw.safetensors").stat().st_size / model_size)
+    for label, upscaling in (("WEMoE, routed by hand", []), ("attention too, routed by hand", ["--attention"])):
+        raw, collapsed = scratch / "raw.safetensors", scratch / "collapsed.safetensors"
+        smelt("upscale", "--base", suite.path("base"), *experts(suite), *upscaling, "-o", raw)
+        values = []
+        for task in suite.tasks:
+            smelt("collapse", raw, "--expert", task, "-o", collapsed)
+            values += accuracies(suite, dense(suite, collapsed), [task])
+        yield row(label, values, raw.stat().st_size / model_size)
     for label, *steps in MIXTURES:
         if not re.search(only, label):
             continue

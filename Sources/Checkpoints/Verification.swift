@@ -63,7 +63,7 @@ struct ChecksumComparison: Sendable {
     }.map { ChecksumRecorder(tensors, $0) }
   }
 
-  /// Takes note of bytes that begin and end with a block or the tensor.
+  /// Takes note of bytes: whole blocks in any order, or a tensor's pieces in order.
   func add(_ bytes: RawSpan, ofTensorAt position: Int, from offset: Int) {
     for recorder in recorders where recorder.algorithm == recorded[position]?.algorithm {
       recorder.add(bytes, ofTensorAt: position, from: offset)

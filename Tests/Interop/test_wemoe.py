@@ -4,6 +4,7 @@ Needs torch and transformers beside what the other interop tests need; skipped w
 Tests/Interop/README.md tells how to run it with them.
 """
 
+import itertools
 import os
 import subprocess
 import sys
@@ -147,10 +148,10 @@ class WemoeTests(unittest.TestCase):
     def test_every_family_agrees_with_smelt(self):
         """Two implementations of the mixture's forward pass, PyTorch's and Smelt's, agree."""
         for family, model_class in FAMILIES.items():
-            for depth in (0, 1, 2):
-                with self.subTest(family=family, depth=depth):
+            for options in (["--router-depth", 0], ["--router-depth", 1], [], ["--attention"]):
+                with self.subTest(family=family, options=options):
                     base = FORWARD / family / "model.safetensors"
-                    mixture = make_mixture(self.folder, base, "--router-depth", depth)
+                    mixture = make_mixture(self.folder, base, *options)
                     given, recorded = FORWARD / family / "inputs.safetensors", self.folder / "recorded.safetensors"
                     config = FORWARD / family / "config.json"
                     smelt("activations", mixture, given, "--config", config, "--tokens", "--final", "-o", recorded)
@@ -193,15 +194,16 @@ class WemoeTests(unittest.TestCase):
     @torch.no_grad()
     def test_constant_routers_are_a_collapsed_model(self):
         """Of every architecture, what `smelt collapse` writes computes what the mixture does."""
-        for kind in ("gpt2", "t5", "t5 1.1", "llama", "bert"):
-            with self.subTest(kind):
+        kinds = ("gpt2", "t5", "t5 1.1", "llama", "bert")
+        for kind, options in itertools.product(kinds, ([], ["--attention"])):
+            with self.subTest(kind=kind, options=options):
                 if kind in FAMILIES:
                     base, model_class = FORWARD / kind / "model.safetensors", FAMILIES[kind]
                     config = FORWARD / kind
                 else:
                     base, model_class = tiny_model(self.folder / kind, kind)
                     config = self.folder / kind
-                mixture = make_mixture(self.folder, base, weights=[0.7, -0.2])
+                mixture = make_mixture(self.folder, base, *options, weights=[0.7, -0.2])
                 smelt("collapse", mixture, "--weights", "0.7,-0.2", "-o", self.folder / "plain.safetensors")
                 plain = model_class.from_pretrained(
                     None, config=transformers.AutoConfig.from_pretrained(config),

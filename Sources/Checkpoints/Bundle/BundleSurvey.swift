@@ -45,6 +45,8 @@ extension Bundle {
     private let octets = PinnedBytes(count: Gaps.largest(sampleCount * 8))
     private let values = PinnedBytes(count: sampleCount * 8)
     private let frame = PinnedBytes(count: ZstdFrame.largest)
+    /// What whole tensors are read through: small enough to stay in a core's own cache.
+    private let piece = PinnedBytes(count: pieceSize)
     private lazy var block = PinnedBytes(count: 8 * Codec.blockCount)
     private lazy var blockValues = PinnedBytes(count: 8 * Codec.blockCount)
     private lazy var blockGaps = PinnedBytes(count: Gaps.largest(Codec.blockCount))
@@ -54,11 +56,12 @@ extension Bundle {
     private static let sampleCount = 1 << 16
     private static let smallestSampleCount = 1 << 14
     private static let samplePieces = 16
+    private static let pieceSize = 1 << 18
 
     /// Bytes that the buffers take.
     static let memory =
-      4 * sampleCount * 8 + ZstdFrame.largest + 17 * Codec.blockCount + GroupReader.memory
-      + FrameEncoder.memory
+      4 * sampleCount * 8 + ZstdFrame.largest + pieceSize + 17 * Codec.blockCount
+      + GroupReader.memory + FrameEncoder.memory
   }
 }
 
@@ -69,7 +72,9 @@ extension Bundle.Survey {
   ) throws -> Bundle.Finding {
     if let lossy, let finding = try approximate(tensor, source, lossy, factors) {
       // Its checksum is of what it becomes; what it is has to be what was recorded.
-      if source.recordedChecksum(of: tensor) != nil { _ = try source.checksum(of: tensor) }
+      if source.recordedChecksum(of: tensor) != nil {
+        _ = try source.checksum(of: tensor, through: piece)
+      }
       return finding
     }
     var finding = Bundle.Finding()
@@ -103,14 +108,14 @@ extension Bundle.Survey {
     finding.differences.removeAll { !gains($0.choice, over: finding.own) }
     if finding.differences.contains(where: { $0.candidate.position == nil }) {
       let base = candidates[0]
-      let checksum = try base.source.checksum(of: base.tensor)
+      let checksum = try base.source.checksum(of: base.tensor, through: piece)
       for index in finding.differences.indices
       where finding.differences[index].candidate.position == nil {
         finding.differences[index].candidate.checksum = checksum
       }
     }
     finding.differences.sort { $0.choice.cost < $1.choice.cost }
-    finding.checksum = try source.checksum(of: tensor)
+    finding.checksum = try source.checksum(of: tensor, through: piece)
     return finding
   }
 

@@ -132,19 +132,43 @@ private final class Frame: @unchecked Sendable {
 private final class FrameMaker {
   let encoder = FrameEncoder()
   let coder: BlockCoder
+  /// Pieces from all over a frame's content.
+  private let probe = PinnedBytes(count: probePieces * probePieceSize)
+  private static let probePieces = 8
+  private static let probePieceSize = 8 << 10
 
   init(width: Int) { coder = BlockCoder(width: width) }
 
   /// Bytes that it takes, with a frame in hand.
   static func memory(width: Int, isQuantised: Bool) -> Int {
     BlockCoder.memory(width: width, isQuantised: isQuantised) + FrameEncoder.memory
-      + ZstdFrame.largest
+      + ZstdFrame.largest + probePieces * probePieceSize
   }
 
   func encode(_ content: UnsafeRawBufferPointer, _ mode: ZstdFrame.Mode, into frame: Frame) {
-    frame.size = encoder.encode(content, mode, into: frame.bytes.bytes)
+    let isUneven = mode == .stored && gains(content, frame.bytes)
+    frame.size = encoder.encode(content, isUneven ? .literals : mode, into: frame.bytes.bytes)
     frame.contentSize = content.count
     frame.checksum = FrameChecksums.of(frame.bytes.first(frame.size))
+  }
+}
+
+extension FrameMaker {
+  /// Whether this frame of a stream that is stored as a whole gains from Huffman codes: the rows of
+  /// tokens that no text has are less random than an embedding's others.
+  private func gains(_ content: UnsafeRawBufferPointer, _ scratch: PinnedBytes) -> Bool {
+    var sample = content
+    if content.count > probe.bytes.count {
+      let (count, size) = (Self.probePieces, Self.probePieceSize)
+      for index in 0..<count {
+        let begin = content.count / count * index
+        probe.part(index * size..<(index + 1) * size).copyMemory(
+          from: UnsafeRawBufferPointer(rebasing: content[begin..<begin + size]))
+      }
+      sample = probe.first(count * size)
+    }
+    let size = encoder.encode(sample, .literals, into: scratch.bytes)
+    return size < sample.count - sample.count / 200
   }
 }
 

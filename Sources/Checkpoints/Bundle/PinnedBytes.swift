@@ -31,14 +31,15 @@ extension TensorSource {
 }
 
 extension TensorSource {
-  /// The XXH3 of a whole tensor.
+  /// The XXH3 of a whole tensor, read through a worker's buffer.
   /// - Throws: also if the tensor does not have its recorded checksum.
-  func checksum(of tensor: TensorInfo) throws(CheckpointError) -> UInt64 {
-    let piece = PinnedBytes(count: min(tensor.byteCount, 1 << 20))
+  func checksum(of tensor: TensorInfo, through piece: PinnedBytes) throws(CheckpointError)
+    -> UInt64
+  {
     let checksum = Checksum()
     let comparison = ChecksumComparison([tensor], of: self)
-    for begin in stride(from: 0, to: tensor.byteCount, by: 1 << 20) {
-      let count = min(1 << 20, tensor.byteCount - begin)
+    for begin in stride(from: 0, to: tensor.byteCount, by: piece.bytes.count) {
+      let count = min(piece.bytes.count, tensor.byteCount - begin)
       try read(tensor, at: begin, into: piece.part(0..<count))
       checksum.update(piece.first(count))
       comparison.add(RawSpan(_unsafeBytes: piece.first(count)), ofTensorAt: 0, from: begin)

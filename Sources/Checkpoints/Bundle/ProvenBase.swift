@@ -31,20 +31,26 @@ final class ProvenBase: Sendable {
   func prove(for tensors: [Bundle.Stored], workers: Int) throws {
     let needing = tensors.filter { if case .base = $0.reference { true } else { false } }
     try forEachStep(count: needing.count, workers: workers) {
-    } body: { step, _ in
-      _ = try tensor(of: needing[step])
+      PinnedBytes(count: 1 << 20)
+    } body: { step, piece in
+      _ = try tensor(of: needing[step], through: piece)
     }
   }
 
   /// The base's tensor that this one is a difference from, proven.
   /// - Precondition: it is a difference from one of the base.
-  func tensor(of stored: Bundle.Stored) throws(CheckpointError) -> (
+  func tensor(
+    of stored: Bundle.Stored,
+    through piece: @autoclosure () -> PinnedBytes = PinnedBytes(count: 1 << 20)
+  ) throws(CheckpointError) -> (
     source: any TensorSource, tensor: TensorInfo
   ) {
     guard case .base(let name, let checksum) = stored.reference else { preconditionFailure() }
     let (source, tensor) = try like(stored, name)
     if proven.withLock({ $0.contains(ExactName(name)) }) { return (source, tensor) }
-    guard try source.checksum(of: tensor) == checksum else { throw isAnother(source, name) }
+    guard try source.checksum(of: tensor, through: piece()) == checksum else {
+      throw isAnother(source, name)
+    }
     proven.withLock { _ = $0.insert(ExactName(name)) }
     return (source, tensor)
   }
