@@ -10,8 +10,7 @@ mergekit's. Of equal magnitudes at the threshold TIES and breadcrumbs keep the f
 share of differing elements is shown. Nor is there an agreement on Arcee Fusion where mergekit samples its quantiles, in tensors
 of more than a million elements: their share of differing elements is shown. dare_* run with --rng mergekit.
 
-With --bfloat16 models and results are BF16 and differences are counted in units in the last place of it:
-what differs in the last bits of F32 may round to neighbours.
+With --bfloat16 models and results are BF16: what differs in the last bits of F32 may round to neighbours.
 """
 
 import argparse
@@ -86,31 +85,24 @@ def tensors(path):
     }
 
 
-def gaps(one, other):
-    """Return the differences of two tensors: of F32 as numbers, of BF16 in units in the last place."""
-    if one.dtype == numpy.float32:
-        return numpy.abs(one - other)
-    # The codes of a sign and a magnitude, as numbers in the order of the values.
-    one, other = (
-        numpy.where(codes < 0x8000, codes, 0x8000 - codes.astype(numpy.int32)) for codes in (one, other)
-    )
-    return numpy.abs(one - other)
+def numbers(values):
+    return values if values.dtype == numpy.float32 else (values.astype(numpy.uint32) << 16).view(numpy.float32)
 
 
 def differences(ours, theirs):
-    """Return the largest difference, its tensor, and the share of the elements that differ."""
+    """Return the largest difference, its tensor, how many elements differ, and how many there are."""
     largest, worst, different, count = 0.0, "", 0, 0
     ours, theirs = tensors(ours), tensors(theirs)
     assert set(ours) == set(theirs), set(ours) ^ set(theirs)
     for name, one in ours.items():
         other = theirs[name]
         assert one.shape == other.shape and one.dtype == other.dtype, name
-        gap = gaps(one, other)
+        gap = numpy.abs(numbers(one) - numbers(other))
         if not gap.max() <= largest:  # NaN as well
             largest, worst = float(gap.max()), name
         different += int((gap != 0).sum())
         count += one.size
-    return largest, worst, different / count
+    return largest, worst, different, count
 
 
 def main():
@@ -139,16 +131,16 @@ def main():
         if allowed and not name.startswith("dare"):
             write_recipe(path, "float64", out, folder, *recipe)
         run(options.mergekit, path, theirs, "--random-seed", SEED)
-        largest, worst, share = differences(
+        largest, worst, different, count = differences(
             ours / "model.safetensors", next(theirs.glob("*.safetensors"))
         )
-        # Rounding to BF16 makes a unit of the smallest difference, and more of them near zero.
+        # Rounding to BF16 makes a unit of the smallest difference.
         if options.bfloat16 and allowed:
             allowed = None
         is_far = allowed is not None and not largest <= allowed
         failed |= is_far
         print(
-            f"{name:20} {largest:8.1e}  {100 * share:6.2f} % of the elements differ  "
+            f"{name:20} {largest:8.1e}  {100 * different / count:7.4f} % of {count} elements differ  "
             f"{f'TOO FAR: {allowed:.1e} is allowed' if is_far else ''}  {worst}",
             flush=True,
         )
