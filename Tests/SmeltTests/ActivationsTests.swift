@@ -224,4 +224,26 @@ struct ActivationsTests {
     #expect(result.code == 64)
     #expect(result.errors.contains("Give either --activations or --progressive."))
   }
+
+  @Test func `of CLIP's two towers the one that is run can be upscaled alone`() throws {
+    let clip = fixtures("forward/clip")
+    func calibrate(_ options: String...) throws -> CommandResult {
+      let experts = (0..<3).flatMap { ["--expert", "e\($0)=\(clip)/model.safetensors"] }
+      let made = try smelt(
+        ["upscale", "--base", "\(clip)/model.safetensors"] + experts + options
+          + ["-o", folder("moe.h5")])
+      #expect(made.code == 0, "\(made.errors)")
+      return try smelt(
+        "calibrate", folder("moe.h5"), "--progressive", "\(clip)/inputs.safetensors", "--config",
+        "\(clip)/config.json", "-o", folder("fitted.h5"))
+    }
+    let both = try calibrate()
+    #expect(both.code == 1)
+    #expect(
+      both.errors
+        == "Error: \(clip)/inputs.safetensors: tensor \"text_model.encoder.layers.0.mlp\": is missing; of a model with two towers upscale the one that you run: --mlp 'vision_model.encoder.layers.{i}.mlp:fc1,fc2'\n"
+    )
+    let one = try calibrate("--mlp", "vision_model.encoder.layers.{i}.mlp:fc1,fc2")
+    #expect(one.code == 0, "\(one.errors)")
+  }
 }

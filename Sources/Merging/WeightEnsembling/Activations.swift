@@ -15,11 +15,21 @@ struct Activations: Sendable {
   init(_ source: any TensorSource, of modules: [MixtureDescription.Module]) throws {
     self.source = source
     places = try Activations.places(in: source)
+    let isOfTwoTowers = ["vision_model.", "text_model."].allSatisfy { tower in
+      modules.contains { $0.prefix.contains(tower) }
+    }
     for module in modules {
       if module.isAttention, source.manifest[module.prefix] == nil {
         throw CheckpointError(
           file: source.path, tensor: module.prefix, "is missing",
           remedy: "record the inputs of attention too, with 'smelt activations --attention'")
+      }
+      if isOfTwoTowers, source.manifest[module.prefix] == nil {
+        throw CheckpointError(
+          file: source.path, tensor: module.prefix, "is missing",
+          remedy:
+            "of a model with two towers upscale the one that you run: --mlp 'vision_model.encoder.layers.{i}.mlp:fc1,fc2'"
+        )
       }
       let tensor = try source.tensor(module.prefix)
       guard (2...3).contains(tensor.shape.count), tensor.rowLength == module.width,
