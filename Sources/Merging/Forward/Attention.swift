@@ -1,7 +1,7 @@
 import Glibc
 
 /// Multi-head self-attention; several query heads may share a head of keys and values.
-struct Attention: Sendable {
+struct Attention: LayerPart {
   var query: Dense
   var key: Dense
   var value: Dense
@@ -70,31 +70,6 @@ struct Attention: Sendable {
         sum += share
       }
       for column in first...last { elements[start + column] /= sum }
-    }
-  }
-}
-
-/// What stands where a layer's attention is: one, or a mixture whose weights are put together
-/// anew for every sample.
-enum LayerAttention: Sendable {
-  case dense(Attention)
-  case mixture(router: Router, base: Attention, taskVectors: [Attention])
-
-  func callAsFunction(_ tokens: Matrix<Float>, samples: [Range<Int>]) -> Matrix<Float> {
-    switch self {
-    case .dense(let attention): return attention(tokens, samples: samples)
-    case .mixture(let router, let base, let taskVectors):
-      var outputs = tokens
-      for sample in samples {
-        let own = tokens.block(sample, columns: 0..<tokens.columnCount)
-        var attention = base
-        for (weight, taskVector) in zip(router.mixture(own), taskVectors) {
-          attention.add(taskVector, scale: weight)
-        }
-        outputs.setBlock(
-          sample, columns: 0..<tokens.columnCount, to: attention(own, samples: [0..<own.rowCount]))
-      }
-      return outputs
     }
   }
 }

@@ -108,7 +108,7 @@ public struct ForwardPass: Sendable {
   }
 
   /// A layer's attention, dense or a mixture.
-  private func layerAttention(_ index: Int) throws -> LayerAttention {
+  private func layerAttention(_ index: Int) throws -> RoutedPart<Attention> {
     let module = attentionModule(index)
     guard let mixture, let gate = mixture.description.modules.first(where: { $0.prefix == module })
     else {
@@ -186,7 +186,7 @@ public struct ForwardPass: Sendable {
   }
 
   /// A layer's MLP, dense or a mixture.
-  func mlp(_ layer: Int) throws -> LayerMLP {
+  func mlp(_ layer: Int) throws -> RoutedPart<FeedForward> {
     let module = module(layer)
     guard let mixture, let gate = mixture.description.modules.first(where: { $0.prefix == module })
     else {
@@ -237,7 +237,7 @@ public struct ForwardPass: Sendable {
 
 /// A Transformer layer up to and behind its MLP.
 struct TransformerLayer: Sendable {
-  let attention: LayerAttention
+  let attention: RoutedPart<Attention>
   let attentionNorm: Norm
   let mlpNorm: Norm
   /// Whether norms come before attention and MLP, or after they were added to what went in.

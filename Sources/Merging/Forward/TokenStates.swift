@@ -89,7 +89,7 @@ struct TokenStates: Sendable {
 
   /// Goes through a layer, showing what its attention and its MLP see.
   mutating func advance(
-    through layer: TransformerLayer, _ mlp: LayerMLP, workers: Int,
+    through layer: TransformerLayer, _ mlp: RoutedPart<FeedForward>, workers: Int,
     recording record:
       @Sendable (_ attentionInput: TokenBatch, _ mlpInput: TokenBatch) throws ->
       Void
@@ -139,7 +139,7 @@ struct MLPInputs: Sendable {
   let batches: [TokenBatch]
 
   /// Goes on through the MLP to the next layer.
-  func advanced(through mlp: LayerMLP, workers: Int) throws -> TokenStates {
+  func advanced(through mlp: RoutedPart<FeedForward>, workers: Int) throws -> TokenStates {
     let after = StepResults<TokenBatch>(count: batches.count)
     try forEachStep(count: batches.count, workers: workers) {
     } body: { step, _ in

@@ -84,4 +84,6 @@ private struct HeldSource: TensorSource {
     guard !held.read(name, at: offset, into: &buffer) else { return }
     try source.read(tensor, at: offset, into: &buffer)
   }
+
+  func checkUnchanged() throws(CheckpointError) { try source.checkUnchanged() }
 }
