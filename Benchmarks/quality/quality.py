@@ -1,13 +1,17 @@
 """Measure what mixtures of experts are worth: accuracy and size, beside merges of the same models.
 
-    SMELT=path/to/smelt python quality.py digits [--results FILE.json] [--picture FILE.svg] [--texts N]
-    SMELT=path/to/smelt python quality.py minilm FOLDER    (from ../minilm/finetune.py)
-    SMELT=path/to/smelt python quality.py text FOLDER      (from train_text.py)
+    SMELT=path/to/smelt python quality.py digits [--results FILE.json] [--picture FILE.svg] [--routing FILE.svg]
+    SMELT=path/to/smelt python quality.py minilm FOLDER [--texts N]    (from ../minilm/finetune.py)
+    SMELT=path/to/smelt python quality.py text FOLDER                  (from train_text.py)
+
+A long run can be several, on a core each: `--only EXPRESSION --results PART.json`, and then one
+with `--known PART.json …` for the whole table.
 
 Every model is made by `smelt` alone, from the fine-tuned models and unlabelled texts or images that
 are not among the test's, and is run by PyTorch (mixtures through Scripts/wemoe.py) on test samples
-that nothing else has seen. Printed are accuracies in %, the mean in % of the experts' own, and the
-size of the file in models.
+that nothing else has seen. Printed are accuracies in %, the mean in % of the experts' own, with
+standard errors, and the size in models of the file as it is and of the bundle that `smelt pack`
+makes of it (of the experts: with the base, as a family).
 """
 
 import argparse
@@ -34,8 +38,14 @@ import wemoe  # noqa: E402
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
-PROGRESSIVE, RECORDED = "progressive", "recorded"
+EXPERTS = "experts, each on its own task"
+ROUTING_SHOWN = "the same, λ chosen"
+# Which activations the routers are fitted to: the mixture's own, those of more samples, the base's.
+PROGRESSIVE, MORE, RECORDED = "progressive", "progressive, more samples", "recorded"
 OUTPUT, RIDGE, CHOSEN = ["--method", "output"], ["--method", "ridge"], ["--choose-lambda"]
+# What calibrate reads of the MiniLM texts: the labels are none of it.
+INPUTS = ("input_ids", "attention_mask", "task")
+ATTENTION = ["--attention", "--store"]
 # Label, what upscale is told, what calibrate is told, and which activations it gets.
 MIXTURES = [
     ("WEMoE, untrained", [], None, None),
@@ -48,12 +58,20 @@ MIXTURES = [
         (f"E-WEMoE, {share} pruned", ["--prune", share, "--store", "sparse"], OUTPUT + CHOSEN, PROGRESSIVE)
         for share in ("0.5", "0.9", "0.95")
     ),
-    ("int8 task vectors", ["--store", "int8"], OUTPUT + CHOSEN, PROGRESSIVE),
-    ("int4 task vectors", ["--store", "int4"], OUTPUT + CHOSEN, PROGRESSIVE),
-    ("attention too, int4", ["--attention", "--store", "int4"], OUTPUT, PROGRESSIVE),
-    ("the same, linear routers", ["--attention", "--store", "int4", "--router-depth", "1"], OUTPUT, PROGRESSIVE),
-    ("rank 16 task vectors", ["--store", "lowrank", "--rank", "16"], OUTPUT + CHOSEN, PROGRESSIVE),
-    ("AWD + WEMoE", ["--clean", "awd-row"], OUTPUT + CHOSEN, PROGRESSIVE),
+    ("int8 task vectors", ["--store", "int8"], OUTPUT, PROGRESSIVE),
+    ("int4 task vectors", ["--store", "int4"], OUTPUT, PROGRESSIVE),
+    ("rank 16 task vectors", ["--store", "lowrank", "--rank", "16"], OUTPUT, PROGRESSIVE),
+    ("AWD + WEMoE", ["--clean", "awd-row"], OUTPUT, PROGRESSIVE),
+    ("attention too, int8", [*ATTENTION, "int8"], OUTPUT, PROGRESSIVE),
+    ("attention too, int4", [*ATTENTION, "int4"], OUTPUT, PROGRESSIVE),
+    ("attention too, int4, λ chosen", [*ATTENTION, "int4"], OUTPUT + CHOSEN, PROGRESSIVE),
+    ("attention too, int4, linear routers", [*ATTENTION, "int4", "--router-depth", "1"], OUTPUT, PROGRESSIVE),
+    (
+        "the same, more calibration samples",
+        [*ATTENTION, "int4", "--router-depth", "1"],
+        [*OUTPUT, "--samples", "100000"],
+        MORE,
+    ),
 ]
 
 
@@ -64,6 +82,7 @@ class Digits:
     folder = ROOT / "Fixtures" / "digits"
     model_class = transformers.CLIPVisionModel
     flags = ["--heads", "4"]
+    batch = 25  # samples at a time: a mixture makes every linear map anew for each of them
 
     def __init__(self, scratch):
         import evaluate
@@ -86,7 +105,7 @@ class Digits:
             for number, task in enumerate(self.tasks)
         ]
         pixels = torch.cat([train.to_input(images[task][c]) for task, c in zip(self.tasks, chosen)])[:, None]
-        self.inputs = scratch / "inputs.safetensors"
+        self.inputs, self.more_inputs = scratch / "inputs.safetensors", None
         task = torch.cat([torch.full((len(c),), number) for number, c in enumerate(chosen)])
         save_file({"pixel_values": pixels.contiguous(), "task": task}, self.inputs)
         self.heads = load_file(self.folder / "heads.safetensors")
@@ -109,12 +128,13 @@ class Text:
     name = "bytes, BERT of train_text.py"
     model_class = transformers.BertModel
     flags = []
+    batch = 10
 
     def __init__(self, folder):
         self.folder = Path(folder)
         self.tasks = ("language", "package", "token")
         self.config = transformers.AutoConfig.from_pretrained(self.folder)
-        self.inputs = self.folder / "inputs.safetensors"
+        self.inputs, self.more_inputs = self.folder / "inputs.safetensors", None
         self.heads = load_file(self.folder / "heads.safetensors")
         self.test = np.load(self.folder / "test.npz")
 
@@ -136,6 +156,7 @@ class MiniLM:
     name = "all-MiniLM-L6-v2"
     model_class = transformers.BertModel
     flags = []
+    batch = 10
 
     def __init__(self, folder, texts, samples, scratch):
         self.folder = Path(folder)
@@ -144,7 +165,10 @@ class MiniLM:
         given = np.load(self.folder / "calibration.npz")
         rows = np.concatenate([np.flatnonzero(given["task"] == n)[:samples] for n in range(len(self.tasks))])
         self.inputs = scratch / "inputs.npz"
-        np.savez(self.inputs, **{key: given[key][rows] for key in ("input_ids", "attention_mask", "task")})
+        np.savez(self.inputs, **{key: given[key][rows] for key in INPUTS})
+        more = np.load(self.folder / "validation.npz")
+        self.more_inputs = scratch / "more-inputs.npz"
+        np.savez(self.more_inputs, **{key: np.concatenate([given[key], more[key]]) for key in INPUTS})
         self.heads = load_file(self.folder / "heads.safetensors")
         test = np.load(self.folder / "test.npz")
         self.test = {}
@@ -175,21 +199,21 @@ def smelt(*arguments):
 
 
 @torch.no_grad()
-def accuracies(suite, model, tasks=None):
-    """Return the accuracy of a model on every task (or some), in %."""
-    result = []
+def answers(suite, model, tasks=None):
+    """Return which of every task's test samples (or of some tasks') a model gets right, [samples] each."""
+    result = {}
     for task in tasks or suite.tasks:
         inputs, labels = suite.samples(task)
-        hits = 0
-        for start in range(0, len(labels), 100):
-            batch = {name: tensor[start : start + 100] for name, tensor in inputs.items()}
+        hits = []
+        for start in range(0, len(labels), suite.batch):
+            batch = {name: tensor[start : start + suite.batch] for name, tensor in inputs.items()}
             if "attention_mask" in batch:
                 length = int(batch["attention_mask"].sum(dim=1).max())
                 batch = {name: tensor[:, :length] for name, tensor in batch.items()}
             features = suite.features(task, batch, model(**batch))
             scores = features @ suite.heads[f"{task}.weight"].T + suite.heads[f"{task}.bias"]
-            hits += int((scores.argmax(1) == labels[start : start + 100]).sum())
-        result.append(100 * hits / len(labels))
+            hits.append(scores.argmax(1) == labels[start : start + suite.batch])
+        result[task] = torch.cat(hits).numpy()
     return result
 
 
@@ -229,7 +253,7 @@ def mixture(suite, scratch, upscaling, calibration, activations):
         return raw, ""
     configuration = suite.path("base").parent / "config.json"
     flags = [*suite.flags, *(["--config", configuration] if configuration.exists() else [])]
-    given = ["--progressive", suite.inputs, *flags]
+    given = ["--progressive", suite.more_inputs if activations == MORE else suite.inputs, *flags]
     if activations == RECORDED:
         recorded = scratch / "base-activations.safetensors"
         if not recorded.exists():
@@ -243,17 +267,117 @@ def mixture(suite, scratch, upscaling, calibration, activations):
     return fitted, said
 
 
+def models(suite, scratch, routing):
+    """Yield (label, function) for every row; the function makes and judges the model.
+
+    It returns {task: right answers}, the size in bytes, packed as a bundle too, and the λ chosen.
+    """
+    base = suite.path("base")
+
+    def judged(path):
+        return answers(suite, dense(suite, path)), path.stat().st_size, packed(scratch, path), None
+
+    def each_on_its_own():
+        family = scratch / "family.safetensors.zst"
+        smelt("pack", "--base", base, *(f"{task}={suite.path(task)}" for task in suite.tasks), family)
+        hits = {task: answers(suite, dense(suite, suite.path(task)), [task])[task] for task in suite.tasks}
+        return hits, sum(suite.path(task).stat().st_size for task in suite.tasks), family.stat().st_size, None
+
+    def routed_by_hand(upscaling):
+        raw, collapsed = scratch / "raw.safetensors", scratch / "collapsed.safetensors"
+        smelt("upscale", "--base", base, *experts(suite), *upscaling, "-o", raw)
+        hits = {}
+        for task in suite.tasks:
+            smelt("collapse", raw, "--expert", task, "-o", collapsed)
+            hits |= answers(suite, dense(suite, collapsed), [task])
+        return hits, raw.stat().st_size, packed(scratch, raw), None
+
+    def routed(label, steps):
+        path, said = mixture(suite, scratch, *steps)
+        chosen = [line.split()[0] for line in said.splitlines() if line.endswith("←")]
+        if routing and label == ROUTING_SHOWN:
+            routing.write_text((scratch / "report.svg").read_text())
+        model = wemoe.load(path, suite.config, suite.model_class)
+        return answers(suite, model), path.stat().st_size, packed(scratch, path), (*chosen, None)[0]
+
+    yield EXPERTS, each_on_its_own
+    yield "base", lambda: judged(base)
+    for scaling in (0.3, 0.5):
+        yield (
+            f"task arithmetic {scaling}",
+            lambda scaling=scaling: judged(merged(suite, scratch, "task_arithmetic", **{"lambda": scaling})),
+        )
+    yield "TIES, density 0.2", lambda: judged(merged(suite, scratch, "ties", **{"lambda": 1.0, "density": 0.2}))
+    yield "WEMoE, routed by hand", lambda: routed_by_hand([])
+    yield "attention too, routed by hand", lambda: routed_by_hand(["--attention"])
+    for label, *steps in MIXTURES:
+        if steps[-1] == MORE and suite.more_inputs is None:
+            continue
+        yield label, lambda label=label, steps=steps: routed(label, steps)
+
+
+def packed(scratch, path):
+    """Return the size in bytes of a model as a bundle."""
+    bundle = scratch / "packed.safetensors.zst"
+    smelt("pack", path, bundle)
+    return bundle.stat().st_size
+
+
+def measure(suite, scratch, known, only, routing):
+    """Yield the table's rows: {model, λ, right answers by task, sizes}; those known are not measured again."""
+    size = suite.path("base").stat().st_size
+    for label, judge in models(suite, scratch, routing):
+        if label in known:
+            yield known[label]
+        elif label == EXPERTS or re.search(only, label):
+            hits, own, bundle, scaling = judge()
+            bits = {task: "".join(map(str, right.astype(int))) for task, right in hits.items()}
+            yield {"model": label, "lambda": scaling, "models": own / size, "packed": bundle / size, "right": bits}
+
+
+def judged(row, experts_row):
+    """Return the row with its accuracies, their mean, its share of the experts' (all in %), and standard errors.
+
+    The share's is of pairs: both models have answered the same samples.
+    """
+    ours, theirs = (
+        [np.array(list(bits), float) for bits in r["right"].values()] for r in (row, experts_row)
+    )
+    accuracies, own = ([100 * right.mean() for right in part] for part in (ours, theirs))
+    mean, count = np.mean(accuracies), len(ours)
+    share = mean / np.mean(own)
+
+    def error(parts):
+        return 100 * np.sqrt(sum(part.var() / len(part) for part in parts)) / count
+
+    share_error = 100 * error([a - share * b for a, b in zip(ours, theirs, strict=True)]) / np.mean(own)
+    label = row["model"] + (f" (λ {row['lambda']})" if row["lambda"] else "")
+    return row | {
+        "model": label, "accuracies": accuracies, "mean": mean, "mean error": error(ours),
+        "share": 100 * share, "share error": share_error,
+    }  # fmt: skip
+
+
+def line(row):
+    """Return a row of the Markdown table."""
+    cells = [row["model"], *(f"{value:.1f}" for value in row["accuracies"])]
+    for name in ("mean", "share"):
+        cells.append(f"{row[name]:.1f} ± {row[f'{name} error']:.1f}")
+    return "| " + " | ".join([*cells, f"{row['models']:.2f}", f"{row['packed']:.2f}"]) + " |"
+
+
 def main():
     """Measure everything and print a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("suite", choices=("digits", "text", "minilm"))
     parser.add_argument("folder", nargs="?")
-    parser.add_argument("--results", type=Path, help="write the table as JSON")
+    parser.add_argument("--results", type=Path, help="write what was measured as JSON, after every row")
+    parser.add_argument("--known", type=Path, nargs="+", default=[], help="results whose rows are not measured again")
     parser.add_argument("--picture", type=Path, help="draw accuracy against size")
-    parser.add_argument("--routing", type=Path, help="the report of calibrate for the mixture with λ chosen")
+    parser.add_argument("--routing", type=Path, help=f"the report of calibrate for the row '{ROUTING_SHOWN}'")
     parser.add_argument("--texts", type=int, default=1200, help="test texts a task (minilm)")
     parser.add_argument("--samples", type=int, default=256, help="calibration texts a task (minilm)")
-    parser.add_argument("--only", default="", help="measure the mixtures whose label matches this expression alone")
+    parser.add_argument("--only", default="", help="measure only the models whose label matches this expression")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         scratch = Path(scratch)
@@ -262,55 +386,21 @@ def main():
             "text": lambda: Text(arguments.folder),
             "minilm": lambda: MiniLM(arguments.folder, arguments.texts, arguments.samples, scratch),
         }[arguments.suite]()
+        known = {row["model"]: row for path in arguments.known for row in json.loads(path.read_text())}
+        counts = {len(bits) for row in known.values() for bits in row["right"].values()}
+        if counts - {len(suite.samples(task)[1]) for task in suite.tasks}:
+            sys.exit("the known results are of other numbers of test samples")
+        print(f"| model | {' | '.join(suite.tasks)} | mean | of experts' | models | packed |")
+        print("|---|" + "--:|" * (len(suite.tasks) + 4))
         rows = []
-        for row in measure(suite, scratch, arguments.routing, arguments.only):
+        for row in measure(suite, scratch, known, arguments.only, arguments.routing):
             # After every row, so that a long run that is stopped leaves what it has measured.
             rows.append(row)
+            print(line(judged(row, rows[0])), flush=True)
             if arguments.results:
                 arguments.results.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
             if arguments.picture:
-                arguments.picture.write_text(picture(suite.name, rows))
-
-
-def measure(suite, scratch, routing, only):
-    """Print the table's rows and yield them."""
-    model_size = suite.path("base").stat().st_size
-    own = [accuracies(suite, dense(suite, suite.path(task)), [task])[0] for task in suite.tasks]
-    print("| model | " + " | ".join(suite.tasks) + " | mean | of experts' | models |")
-    print("|---|" + "--:|" * (len(suite.tasks) + 3))
-
-    def row(label, values, size):
-        mean = float(np.mean(values))
-        share = 100 * mean / float(np.mean(own))
-        print(f"| {label} | " + " | ".join(f"{v:.1f}" for v in [*values, mean, share]) + f" | {size:.2f} |", flush=True)
-        return {"model": label, "accuracies": values, "mean": mean, "share": share, "models": size}
-
-    yield row("base", accuracies(suite, dense(suite, suite.path("base"))), 1)
-    yield row("experts, each on its own task", own, len(suite.tasks))
-    for scaling in (0.3, 0.5):
-        path = merged(suite, scratch, "task_arithmetic", **{"lambda": scaling})
-        yield row(f"task arithmetic {scaling}", accuracies(suite, dense(suite, path)), 1)
-    path = merged(suite, scratch, "ties", **{"lambda": 1.0, "density": 0.2})
-    yield row("TIES, density 0.2", accuracies(suite, dense(suite, path)), 1)
-    for label, upscaling in (("WEMoE, routed by hand", []), ("attention too, routed by hand", ["--attention"])):
-        raw, collapsed = scratch / "raw.safetensors", scratch / "collapsed.safetensors"
-        smelt("upscale", "--base", suite.path("base"), *experts(suite), *upscaling, "-o", raw)
-        values = []
-        for task in suite.tasks:
-            smelt("collapse", raw, "--expert", task, "-o", collapsed)
-            values += accuracies(suite, dense(suite, collapsed), [task])
-        yield row(label, values, raw.stat().st_size / model_size)
-    for label, *steps in MIXTURES:
-        if not re.search(only, label):
-            continue
-        path, said = mixture(suite, scratch, *steps)
-        for line in said.splitlines():
-            if line.endswith("←"):
-                label += f" (λ {line.split()[0]})"
-        if routing and label.startswith("the same, λ"):
-            routing.write_text((scratch / "report.svg").read_text())
-        model = wemoe.load(path, suite.config, suite.model_class)
-        yield row(label, accuracies(suite, model), path.stat().st_size / model_size)
+                arguments.picture.write_text(picture(suite.name, [judged(row, rows[0]) for row in rows]))
 
 
 def picture(name, rows):
@@ -335,12 +425,15 @@ def picture(name, rows):
         label = f'{number}  {row["model"]}: {row["share"]:.1f} % at {row["models"]:.2f}'
         parts.append(f'<text x="{left + width + 30}" y="{top + 18 * number}">{escape(label)}</text>')
     total = max(top + height + 40, top + 18 * len(rows) + 30)
+    # Colours are written out, not variables: not every viewer of SVG knows those.
     style = (
-        ":root { color-scheme: light dark; --page: #fff; --ink: #1b1f24; --line: #d1d9e0; --same: #1f6fd6; --opposite: #d9730d; --on: #fff; }"
-        " @media (prefers-color-scheme: dark) { :root { --page: #14171c; --ink: #e6e9ed; --line: #3a424c; --same: #4d94f0; --opposite: #ef8f35; --on: #0b0d10; } }"
-        " svg { background: var(--page); font: 12px system-ui, sans-serif; } text { fill: var(--ink); } .title { font-weight: 600; font-size: 14px; }"
-        " .same { fill: var(--same); } .opposite { fill: var(--opposite); } .on { fill: var(--on); font-size: 9px; }"
-        " .axis { stroke: var(--line); } .aim { stroke: var(--same); stroke-dasharray: 4 3; fill: none; }"
+        "svg { background: #fff; font: 12px system-ui, sans-serif; } text { fill: #1b1f24; }"
+        " .title { font-weight: 600; font-size: 14px; } .on { fill: #fff; font-size: 9px; }"
+        " circle { stroke: #fff; } .same { fill: #1f6fd6; } .opposite { fill: #d9730d; }"
+        " .axis { stroke: #d1d9e0; } .aim { stroke: #1f6fd6; stroke-dasharray: 4 3; fill: none; }"
+        " @media (prefers-color-scheme: dark) { svg { background: #14171c; } text { fill: #e6e9ed; }"
+        " .on { fill: #0b0d10; } circle { stroke: #14171c; } .same { fill: #4d94f0; } .opposite { fill: #ef8f35; }"
+        " .axis { stroke: #3a424c; } .aim { stroke: #4d94f0; } }"
     )
     size = f"{left + width + 430} {total}"
     return (
