@@ -67,7 +67,7 @@ MIXTURES = [
     ("attention too, int4, λ chosen", [*ATTENTION, "int4"], OUTPUT + CHOSEN, PROGRESSIVE),
     ("attention too, int4, linear routers", [*ATTENTION, "int4", "--router-depth", "1"], OUTPUT, PROGRESSIVE),
     (
-        "the same, more calibration samples",
+        "attention too, int4, linear routers, more samples",
         [*ATTENTION, "int4", "--router-depth", "1"],
         [*OUTPUT, "--samples", "100000"],
         MORE,
@@ -418,7 +418,7 @@ def picture(name, rows):
         parts.append(f'<text x="{x(size):.1f}" y="{top + height + 18}" text-anchor="middle">{size}</text>')
     parts.append(f'<path class="aim" d="M{left} {y(97):.1f} H{x(1.6):.1f} V{top}"/>')
     for number, row in enumerate(rows, 1):
-        kind = "same" if row["models"] > 1 else "opposite"
+        kind = "same" if row["models"] > 1.1 else "opposite"  # a mixture or a single model
         cx, cy = x(row["models"]), y(row["share"])
         parts.append(f'<circle class="{kind}" cx="{cx:.1f}" cy="{cy:.1f}" r="8"/>')
         parts.append(f'<text class="on" x="{cx:.1f}" y="{cy + 3:.1f}" text-anchor="middle">{number}</text>')
