@@ -1,4 +1,5 @@
 import CKernels
+import Checkpoints
 
 /// A matrix of models × elements: one row a model, the same range of one tensor in each.
 ///
@@ -110,6 +111,17 @@ extension Tile {
     let target = buffer(row)
     let source = other.buffer(otherRow)
     for i in columns { target[i] += weight * source[i] }
+  }
+
+  /// Leaves of self[row], an expert's weights, those that self[base] + self[vector] misses.
+  mutating func keepCorrections(_ row: Int, base: Int, vector: Int, _ dtype: DType) {
+    precondition(row != base && row != vector && base != vector)
+    // Sound: three rows of memory that this tile owns, borrowed exclusively.
+    var weights = MutableSpan(_unsafeElements: buffer(row))
+    var vector = MutableSpan(_unsafeElements: buffer(vector))
+    dtype.round(&weights)
+    Corrections.keepWrong(
+      &weights, base: Span(_unsafeElements: buffer(base)), vector: &vector, dtype)
   }
 
   /// self[row] ·= factor
