@@ -6,6 +6,7 @@ Tests/Interop/README.md tells how to run it with them.
 
 import itertools
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -54,6 +55,22 @@ class CaptureTests(unittest.TestCase):
                         )
                         for name, tensor in one.items():
                             assert_close(self, tensor, other[name])
+
+    def test_sliding_windows_behind_the_first_layers(self):
+        """Qwen2's configurations from before layer types say in two numbers which layers have windows."""
+        folder = self.folder / "qwen2"
+        shutil.copytree(FORWARD / "qwen2", folder)
+        config = json.loads((folder / "config.json").read_text())
+        del config["layer_types"]
+        config |= {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1}
+        (folder / "config.json").write_text(json.dumps(config))
+        theirs, ours = self.folder / "theirs.safetensors", self.folder / "ours.safetensors"
+        self.capture(folder, folder / "inputs.safetensors", "-o", theirs, "--tokens", "--final")
+        smelt("activations", folder, folder / "inputs.safetensors", "-o", ours, "--tokens", "--final")
+        for name, tensor in load_file(theirs).items():
+            assert_close(self, tensor, load_file(ours)[name])
+        full = load_file(FORWARD / "qwen2" / "expected.safetensors")["last_hidden_state"]
+        self.assertGreater((full - load_file(ours)["last_hidden_state"]).abs().max().item(), 1e-3)
 
     def test_routers_of_other_architectures_are_fitted(self):
         """GPT-2's, T5's and Phi-3's recordings have the modules that their mixtures have."""
