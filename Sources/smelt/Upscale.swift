@@ -85,7 +85,7 @@ struct Upscale: ParsableCommand {
     help: ArgumentHelp(
       "wemoe, fusionbench or mixtral: Llama-like experts as whole MLPs side by side, which transformers loads.",
       discussion:
-        "FusionBench loads its own tensors and no others: without what makes a collapse to one expert exact, which is about a hundredth of the MLPs. A Mixtral's gates are fitted to --activations, best recorded with --tokens. An output without a file's ending is a folder with config.json and the base's tokenizer."
+        "FusionBench loads its own tensors and no others: without what makes a collapse to one expert exact. A Mixtral's gates are fitted to --activations, best recorded with --tokens. An output without a file's ending is a folder with config.json and the base's tokenizer."
     ))
   var format = Format.wemoe
 
