@@ -31,31 +31,6 @@ enum Corrections {
     try! TensorInfo(name: "\(vector.name)#corrected", dtype: .f32, shape: vector.shape)
   }
 
-  /// Replaces the weights that base + vector gives back by `none`.
-  ///
-  /// - Parameters:
-  ///   - weights: an expert's, as the model's type holds them.
-  ///   - vector: rounded to the type in place, as it is going to be stored.
-  static func keepWrong(
-    _ weights: inout MutableSpan<Float>, base: Span<Float>, vector: inout MutableSpan<Float>,
-    _ dtype: DType
-  ) {
-    dtype.round(&vector)
-    var sums = [Float](repeating: 0, count: 1024)
-    for begin in stride(from: 0, to: weights.count, by: sums.count) {
-      let count = min(sums.count, weights.count - begin)
-      var span = sums.mutableSpan
-      for i in 0..<count { span[i] = base[begin + i] + vector[begin + i] }
-      dtype.round(&span)
-      for i in 0..<count {
-        let weight = weights[begin + i]
-        // Which NaN a sum becomes depends on the order of its terms: a NaN is always kept.
-        let isRight = span[i].bitPattern == weight.bitPattern && weight == weight
-        weights[begin + i] = isRight ? none : weight
-      }
-    }
-  }
-
   /// How many weights are kept.
   static func count(_ weights: Span<Float>) -> Int {
     var count = 0
