@@ -435,7 +435,7 @@ def picture(name, rows):
         " .on { fill: #0b0d10; } circle { stroke: #14171c; } .same { fill: #4d94f0; } .opposite { fill: #ef8f35; }"
         " .axis { stroke: #3a424c; } .aim { stroke: #4d94f0; } }"
     )
-    size = f"{left + width + 430} {total}"
+    size = f"{left + width + 480} {total}"
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size}" width="{size.split()[0]}" height="{total}" role="img">\n'
         f"<style>{style}</style>\n" + "\n".join(parts) + "\n</svg>\n"

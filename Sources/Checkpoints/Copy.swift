@@ -37,7 +37,9 @@ extension ChecksumComparison {
     guard let damaged = damaged.first else { return }
     throw CheckpointError(
       file: path, tensor: damaged.name, "is not what was written: its checksum differs",
-      remedy: "get it again; 'smelt verify --data' lists what is damaged")
+      remedy:
+        "get it again ('smelt verify --data' lists what is damaged), or if it was changed on purpose, save it without \"checksums\" in its metadata"
+    )
   }
 }
 

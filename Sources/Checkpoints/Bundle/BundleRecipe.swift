@@ -206,10 +206,15 @@ extension Bundle.Recipe.Entry {
     guard let tensor = try? TensorInfo(name: name, dtype: dtype, shape: shape) else {
       throw scanner.failure("its shape is too large or not of whole bytes", tensor: name)
     }
+    guard texts["error"].map({ Double($0)?.isFinite == true }) ?? true else {
+      throw scanner.failure("its error is not a number", tensor: name)
+    }
+    guard texts["error"] == nil || codec.isLossy else {
+      throw scanner.failure("has an error though its codec has none", tensor: name)
+    }
     self.init(
       tensor: tensor, codec: codec, checksum: checksum, parts: parts, rotation: rotation,
-      group: group,
-      error: texts["error"])
+      group: group, error: texts["error"])
     switch (texts["reference"], texts["base"], texts["base_xxh3"].map(number(hexadecimal:))) {
     case (nil, nil, nil): reference = nil
     case (let name?, nil, nil): reference = .inside(name)

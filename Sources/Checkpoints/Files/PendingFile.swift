@@ -10,6 +10,7 @@ import Synchronization
 final class PendingFile: Sendable {
   let destination: String
   let temporaryPath: String
+  private let isFlushed = Atomic<Bool>(false)
   private let committed = Atomic<Bool>(false)
 
   /// Begins the file; an existing file at `destination` stays as it is until `commit()`.
@@ -52,11 +53,14 @@ final class PendingFile: Sendable {
   /// Opens the file for writing, under its temporary name.
   func open() throws(CheckpointError) -> File { try File(updating: temporaryPath) }
 
-  /// Flushes the file to the disk, where it stays without its name.
+  /// Flushes the file to the disk, where it stays without its name. Nothing is written after that.
   func complete() throws(CheckpointError) {
+    // A second flush finds nothing to write and takes as long as the disk does to say so.
+    guard !isFlushed.load(ordering: .relaxed) else { return }
     do { try open().sync() } catch {
       throw CheckpointError(file: destination, error.problem, remedy: error.remedy)
     }
+    isFlushed.store(true, ordering: .relaxed)
   }
 
   /// Opens the complete file as a reader would, and compares what it says it holds.
