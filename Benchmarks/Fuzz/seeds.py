@@ -45,7 +45,7 @@ def pickles():
 
 
 def bundles():
-    """What is to be read as one byte, then a seek table, checksums of frames or a recipe."""
+    """What is to be read as one byte, then a seek table, checksums of frames, contents or a recipe."""
     frames = b"".join(struct.pack("<II", 0, 0) for _ in range(2))
     table = struct.pack("<II", 0x184D2A5E, len(frames) + 9) + frames
     yield b"\0" + table + struct.pack("<IBI", 2, 0, 0x8F92EAB1)
@@ -57,7 +57,30 @@ def bundles():
         {"codec": "int8", "group": 64, "error": "0.5"}, {"codec": "raw", "dtype": "F4"},
     ):  # fmt: skip
         model = {"name": "m", "metadata": {"k": "v"}, "tensors": [tensor | extra]}
-        yield b"\2" + json.dumps({"version": 1, "models": [model]}).encode()
+        yield b"\3" + json.dumps({"version": 1, "models": [model]}).encode()
+    # A tensor for each of most codecs: its entry, its parts' types, shapes and frames.
+    for entry, parts in (
+        ({"codec": "planes", "dtype": "BF16", "shape": [2]}, {"": ("U8", [2, 2], [2, 2])}),
+        ({"codec": "raw", "dtype": "F4", "shape": [4]}, {"": ("F4", [4], [2])}),
+        ({"codec": "sparse", "dtype": "U8", "shape": [5]}, {"#gaps": ("U8", [2], [2]), "#values": ("U8", [1, 1], [1])}),
+        ({"codec": "int4", "dtype": "F16", "shape": [3], "group": 16}, {"": ("U8", [2], [2]), "#scale": ("F32", [1], [4])}),
+        ({"codec": "lowrank", "dtype": "F32", "shape": [2, 3]},
+         {"#left": ("F32", [2, 1], [8]), "#right": ("F32", [1, 3], [12])}),
+    ):  # fmt: skip
+        inner, size, frames = {}, 0, b"\1"
+        for suffix, (dtype, shape, contents) in parts.items():
+            begin, size = size, size + sum(contents)
+            inner["t" + suffix] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, size]}
+            frames += bytes(contents)
+        recipe = {"version": 1, "models": [{"name": "", "tensors": [tensor | entry]}]}
+        text = (json.dumps(value, separators=(",", ":")).encode() for value in (inner, recipe))
+        yield b"\2" + bytes([size]) + b"\xff".join([*text, frames])
+    twice = [tensor | {"name": n} for n in "ab"]
+    twice[1] |= {"codec": "xor", "reference": "a"}
+    inner = {n: {"dtype": "U8", "shape": [2, 2], "data_offsets": [4 * i, 4 * i + 4]} for i, n in enumerate("ab")}
+    recipe = {"version": 1, "models": [{"name": "", "tensors": twice}]}
+    text = (json.dumps(value, separators=(",", ":")).encode() for value in (inner, recipe))
+    yield b"\2\10" + b"\xff".join([*text, b"\1\2\2\2\2"])
 
 
 folder = Path(sys.argv[1])

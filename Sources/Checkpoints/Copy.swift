@@ -26,19 +26,30 @@ extension TensorSource {
       try sink.write(piece.bytes, of: tensor, at: range.lowerBound)
       forget(range, of: originals[position])
     }
-    try checkUnchanged()
     try comparison.refuseDamage(in: path)
+    try refuseDamage(of: comparison.unrecorded, workers: workers)
+    try checkUnchanged()
   }
 }
 
 extension ChecksumComparison {
   /// - Throws: if a tensor does not have its checksum.
   func refuseDamage(in path: String) throws(CheckpointError) {
-    guard let damaged = damaged.first else { return }
-    throw CheckpointError(
-      file: path, tensor: damaged.name, "is not what was written: its checksum differs",
-      remedy: "get it again; 'smelt verify --data' lists what is damaged")
+    try damaged.first.map { (tensor) throws(CheckpointError) in throw damage(tensor, path) }
   }
+}
+
+extension Verification {
+  /// - Throws: if a tensor is not what was written.
+  func refuseDamage(in path: String) throws(CheckpointError) {
+    try damaged.first.map { (tensor) throws(CheckpointError) in throw damage(tensor, path) }
+  }
+}
+
+private func damage(_ tensor: TensorInfo, _ path: String) -> CheckpointError {
+  CheckpointError(
+    file: path, tensor: tensor.name, "is not what was written: its checksum differs",
+    remedy: "get it again; 'smelt verify --data' lists what is damaged")
 }
 
 /// Tensors cut into pieces of at most `size` bytes, in order.

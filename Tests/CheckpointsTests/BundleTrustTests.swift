@@ -53,6 +53,14 @@ import Testing
         #"{\#(w),"codec":"raw","color":1}"#,
         "has a recipe that is malformed: has the unknown field \"color\""
       ),
+      (
+        #"{\#(w),"codec":"int8","group":16,"error":"none"}"#,
+        "has a recipe that is malformed: its error is not a number"
+      ),
+      (
+        #"{\#(w),"codec":"raw","error":"0.5"}"#,
+        "has a recipe that is malformed: has an error though its codec has none"
+      ),
       (#"{\#(w),"codec":"int8","group":0}"#, "has groups of 0 elements"),
       (#"{\#(w),"codec":"lowrank","parts":["w","w"]}"#, "is of rank 2"),
       (#"{\#(w),"codec":"lowrank"}"#, "is of rank 0"),

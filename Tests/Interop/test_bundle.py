@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 
 sys.path.insert(0, str(Path(__file__).parent))
 import bundle_reader  # noqa: E402
+import bundle_writer  # noqa: E402
 
 SMELT = os.environ["SMELT"]
 FIXTURES = Path(__file__).parents[2] / "Fixtures"
@@ -254,6 +255,35 @@ class Bundles(unittest.TestCase):
             self.assertEqual((self.out / "out.safetensors").read_bytes(), unpacked.read_bytes(), bundle.name)
             codecs |= {t["codec"] for t in recipe(bundle)["models"][0]["tensors"]}
         self.assertEqual(codecs, {"raw", "planes", "ulp", "xor", "sparse", "int8", "int4", "sign1", "lowrank"})
+
+    def test_smelt_and_numpy_read_what_another_wrote_by_the_format(self):
+        random, shape = np.random.default_rng(5), (3, 400_001)
+        bits = lambda values: (values.view(np.uint32) >> 16).astype(np.uint16)
+        first = random.standard_normal(shape, dtype=np.float32)
+        base, tuned = bits(first), bits(first + np.float32(0.01) * random.standard_normal(shape, dtype=np.float32))
+        pruned = np.where(random.random(shape) < 0.03, tuned, np.uint16(0))
+        pruned[0, :600] = 0
+        bundle = bundle_writer.Bundle()
+        bundle.planes("base", "w", "BF16", base)
+        bundle.raw("base", "count", "I64", np.arange(11))
+        bundle.steps("one", "w", "BF16", tuned, base, "base/w")
+        bundle.xor("one", "x", "BF16", tuned, base, "base/w")
+        bundle.entry("one", "twin", "BF16", base, "planes", parts=["base/w"])
+        bundle.sparse("one", "pruned", "BF16", pruned)
+        kept = bundle.int8("one", "q", random.standard_normal((5, 300), dtype=np.float32), 64)
+        path, out = self.out / "b.safetensors.zst", self.out / "out.npz"
+        bundle.write(path)
+        expected = {"base/w": base, "base/count": np.arange(11), "one/w": tuned, "one/x": tuned, "one/twin": base,
+                    "one/pruned": pruned, "one/q": kept}  # fmt: skip
+        for command in [["verify", "--data", path], ["unpack", path, "-o", out]]:
+            result = smelt(*command)
+            self.assertEqual(result.returncode, 0, result.stderr)
+        with np.load(out) as unpacked, pyzstd.SeekableZstdFile(path) as file:
+            self.assertEqual(set(unpacked), set(expected))
+            read = bundle_reader.load(file)
+            for name, array in expected.items():
+                self.assertEqual(unpacked[name].tobytes(), array.tobytes(), name)
+                self.assertEqual(read[name].tobytes(), array.tobytes(), name)
 
     def test_every_frame_is_small_sized_and_checked(self):
         data = (FIXTURES / "bundle/good.safetensors.zst").read_bytes()

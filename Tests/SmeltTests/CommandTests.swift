@@ -59,6 +59,48 @@ struct CommandTests {
     #expect(tensor?["dtype"] as? String == "F32")
   }
 
+  @Test func `inspect says how a bundle keeps each tensor and what that has lost`() throws {
+    let values = (0..<64).map { Float($0 % 16) - 7.5 }
+    try Checkpoint.write(
+      [SmallTensor("a.weight", [4, 16], values), SmallTensor("a.bias", [2], [1, 2])],
+      to: folder("a.safetensors"))
+    _ = try smelt("pack", "--lossy", "int4", folder("a.safetensors"), folder("b.safetensors.zst"))
+    // Half a step of scale 7.5/7 is the most that can be lost; the recipe has the mean square.
+    let result = try smelt("inspect", folder("b.safetensors.zst"))
+    let lines = result.output.split(separator: "\n").map { $0.split(separator: " ") }
+    #expect(lines[0] == ["type", "shape", "size", "codec", "error", "tensor"])
+    let weight = try #require(lines.first { $0.last == "a.weight" && $0.count == 8 })
+    #expect(weight[5] == "int4")
+    let error = try #require(Double(weight[6]))
+    #expect(error > 0.01 && error < 0.1)
+    #expect(lines.contains { $0.last == "a.bias" && $0.contains("raw") && $0.count == 6 })
+    #expect(
+      result.output.hasSuffix("largest error: \(weight[6]) of the tensor's norm, in a.weight\n"))
+
+    let text = try smelt("inspect", "--json", folder("b.safetensors.zst")).output
+    let json = try JSONSerialization.jsonObject(with: Data(text.utf8)) as? [String: Any]
+    let tensors = try #require(json?["tensors"] as? [[String: Any]])
+    let described = try #require(tensors.first { $0["name"] as? String == "a.weight" })
+    #expect(described["codec"] as? String == "int4")
+    #expect(abs(try #require(described["error"] as? Double) - error) < 1e-5)
+    let exact = try #require(tensors.first { $0["name"] as? String == "a.bias" })
+    #expect(exact["codec"] as? String == "raw" && exact["error"] == nil)
+  }
+
+  @Test func `inspect shows no errors of a bundle that has lost nothing`() throws {
+    try Checkpoint.write([SmallTensor("a", [2], [1, 2])], to: folder("a.safetensors"))
+    _ = try smelt("pack", folder("a.safetensors"), folder("b.safetensors.zst"))
+    let result = try smelt("inspect", folder("b.safetensors.zst"))
+    #expect(
+      result.output.hasPrefix(
+        """
+        type  shape  size  codec  tensor
+        F32   [2]     8 B  raw    a
+
+        """))
+    #expect(!result.output.contains("error"))
+  }
+
   @Test func `an output without a known ending is refused`() throws {
     try Checkpoint.write([SmallTensor("a", [1], [1])], to: folder("a.safetensors"))
     let result = try smelt("convert", folder("a.safetensors"), folder("a.xyz"))

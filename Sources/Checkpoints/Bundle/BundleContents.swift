@@ -78,6 +78,8 @@ extension Bundle {
     let group: Int
     /// For `lowrank`.
     let rank: Int
+    /// For the lossy codecs, if the recipe has it.
+    let error: Double?
 
     /// Tensor bytes that are coded together.
     var blockSize: Int { tensor.dtype.byteWidth * Codec.blockCount }
@@ -162,7 +164,7 @@ extension Bundle.Contents {
     return Bundle.Stored(
       tensor: tensor, codec: codec, checksum: entry.checksum, parts: parts,
       reference: try reference(of: entry, tensor), rotation: rotation,
-      group: group, rank: rank)
+      group: group, rank: rank, error: entry.error.flatMap(Double.init))
   }
 
   /// What the entry refers to: an earlier tensor like it that refers to none, so that no chain

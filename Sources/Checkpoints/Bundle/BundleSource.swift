@@ -63,6 +63,17 @@ public final class BundleSource: TensorSource {
     positions[manifest.position(of: tensor.name)!]
   }
 
+  /// The name of the codec by which a tensor is kept, as FORMAT.md has it.
+  public func codec(of tensor: TensorInfo) -> String {
+    file.tensors[position(of: tensor)].codec.rawValue
+  }
+
+  /// What a lossy codec has lost of a tensor, as the recipe says it: the root mean square of the
+  /// errors over that of the elements. Nil for a tensor that is kept exactly.
+  public func error(of tensor: TensorInfo) -> Double? {
+    file.tensors[position(of: tensor)].error
+  }
+
   /// How everything in the bundle is coded.
   var recipe: Bundle.Recipe { file.recipe }
 

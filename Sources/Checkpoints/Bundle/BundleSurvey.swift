@@ -54,7 +54,7 @@ extension Bundle {
 
     /// Most elements that are tried, in pieces from all over the tensor.
     private static let sampleCount = 1 << 16
-    private static let smallestSampleCount = 1 << 14
+    private static let smallestSampleCount = 1 << 13
     private static let samplePieces = 16
     private static let pieceSize = 1 << 18
 
@@ -152,9 +152,10 @@ extension Bundle.Survey {
     of tensor: TensorInfo, _ source: any TensorSource, into sample: PinnedBytes
   ) throws(CheckpointError) -> Int {
     let width = tensor.dtype.byteWidth
-    // An eighth is enough to tell codecs apart, and takes little of the time that packing does.
-    let eighth = tensor.elementCount / 8 / Self.samplePieces * Self.samplePieces
-    let count = min(max(eighth, Self.smallestSampleCount), Self.sampleCount)
+    // So much is enough to tell codecs apart: each is tried on it in several ways, which together
+    // should take little of the time that packing does.
+    let share = tensor.elementCount / 32 / Self.samplePieces * Self.samplePieces
+    let count = min(max(share, Self.smallestSampleCount), Self.sampleCount)
     let whole = min(tensor.byteCount, count * width)
     guard tensor.byteCount > whole else {
       try source.read(tensor, at: 0, into: sample.part(0..<whole))

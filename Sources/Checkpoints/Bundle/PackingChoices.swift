@@ -42,11 +42,11 @@ extension Packing {
     return min(affordable, memory / need(largest))
   }
 
-  /// For each tensor those that it may resemble: the base's of the same name, and the first ones
-  /// whose names differ from its own in the model's name or in one number (another expert's,
-  /// another layer's).
+  /// For each tensor those that it may resemble: the base's of the same name, and of those whose
+  /// names differ from its own in the model's name or in one number (another expert's, another
+  /// layer's) the first and the one just before it.
   private func candidates(against base: (any TensorSource)?) -> [[Bundle.Candidate]] {
-    var firsts: [String: Int] = [:]
+    var seen: [String: (first: Int, last: Int)] = [:]
     return tensors.enumerated().map { index, planned in
       let tensor = planned.tensor
       var found: [Bundle.Candidate] = []
@@ -57,25 +57,26 @@ extension Packing {
         found.append(Bundle.Candidate(tensor: other, source: base, position: nil))
       }
       for pattern in patterns(of: planned) {
-        guard let first = firsts[pattern] else {
-          firsts[pattern] = index
-          continue
+        let earlier = seen[pattern]
+        seen[pattern] = (earlier?.first ?? index, index)
+        for position in earlier.map({ [$0.first, $0.last] }) ?? [] {
+          let other = tensors[position]
+          guard isLike(other.tensor), !found.contains(where: { $0.position == position }) else {
+            continue
+          }
+          found.append(
+            Bundle.Candidate(tensor: other.tensor, source: other.source, position: position))
         }
-        let other = tensors[first]
-        guard isLike(other.tensor), !found.contains(where: { $0.position == first }) else {
-          continue
-        }
-        found.append(
-          Bundle.Candidate(tensor: other.tensor, source: other.source, position: first))
       }
-      return Array(found.prefix(4))
+      return Array(found.prefix(5))
     }
   }
 
-  /// The tensor's name without its model's, and its full name with one number left out each.
+  /// The tensor's name without its model's, and its full name with one number left out each, the
+  /// last first: experts are counted within layers.
   private func patterns(of planned: Planned) -> [String] {
     let pieces = planned.fullName.split(separator: ".", omittingEmptySubsequences: false)
-    let withoutNumber = pieces.indices.filter { Int(pieces[$0]) != nil }.map { place in
+    let withoutNumber = pieces.indices.reversed().filter { Int(pieces[$0]) != nil }.map { place in
       pieces.enumerated().map { $0 == place ? "*" : String($1) }.joined(separator: ".")
     }
     let isOfMany = planned.fullName != planned.tensor.name

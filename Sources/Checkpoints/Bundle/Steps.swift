@@ -97,15 +97,15 @@ enum Steps {
 // MARK: - Sorting
 
 extension Steps {
-  /// Some elements of each of the block's quarters, and where they go when they are sorted.
+  /// Some elements of each of the block's eighths, and where they go when they are sorted.
   ///
   /// Weights have few exponents, so neighbours often go to neighbouring places, and each waits
-  /// for the one before it to have counted up. Four quarters that are sorted side by side, each
-  /// from places of its own, wait a quarter as long.
+  /// for the one before it to have counted up. Eight parts that are sorted side by side, each
+  /// from places of its own, wait an eighth as long.
   private struct Chunk {
     /// Most elements of each lane.
     static let length = 1024
-    static let lanes = 4
+    static let lanes = 8
 
     /// Where its lanes begin in the block: so far apart, from here on.
     var begin = 0
@@ -124,7 +124,7 @@ extension Steps {
     @inline(__always)
     func forEachPlace(_ body: (_ element: Int, _ place: Int) -> Void) {
       guard lanes == Chunk.lanes else {
-        for i in 0..<count { take(i, 3, body) }
+        for i in 0..<count { take(i, Chunk.lanes - 1, body) }
         return
       }
       for i in 0..<count {
@@ -132,6 +132,10 @@ extension Steps {
         take(Chunk.length &+ i, 1, body)
         take(2 &* Chunk.length &+ i, 2, body)
         take(3 &* Chunk.length &+ i, 3, body)
+        take(4 &* Chunk.length &+ i, 4, body)
+        take(5 &* Chunk.length &+ i, 5, body)
+        take(6 &* Chunk.length &+ i, 6, body)
+        take(7 &* Chunk.length &+ i, 7, body)
       }
     }
 
@@ -177,8 +181,8 @@ extension Steps {
     }
   }
 
-  /// The quarters of a block chunk by chunk, then the up to three elements that are left; these
-  /// are sorted with the last quarter.
+  /// The eighths of a block chunk by chunk, then the up to seven elements that are left; these
+  /// are sorted with the last eighth.
   @inline(__always)
   private static func forEachPiece(
     of count: Int, _ chunk: inout Chunk, _ body: (Chunk) -> Void

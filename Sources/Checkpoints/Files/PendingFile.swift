@@ -1,4 +1,5 @@
 import Glibc
+import Synchronization
 
 /// A file that does not exist under its own name until it is complete.
 ///
@@ -7,6 +8,7 @@ import Glibc
 /// what it was, or complete.
 final class PendingFile: Sendable {
   private let name: PendingName
+  private let isFlushed = Atomic<Bool>(false)
   var destination: String { name.destination }
   var temporaryPath: String { name.temporaryPath }
 
@@ -21,16 +23,21 @@ final class PendingFile: Sendable {
     }
     // Made here so that the name is ours (O_EXCL) before anyone is told of it.
     name = try PendingName(for: destination) { (path) throws(CheckpointError) in
-      do { _ = try File(creating: path) } catch { throw error.moved(to: destination) }
+      do throws(CheckpointError) { _ = try File(creating: path) } catch {
+        throw error.moved(to: destination)
+      }
     }
   }
 
   /// Opens the file for writing, under its temporary name.
   func open() throws(CheckpointError) -> File { try File(updating: temporaryPath) }
 
-  /// Flushes the file to the disk, where it stays without its name.
+  /// Flushes the file to the disk, where it stays without its name. Nothing is written after that.
   func complete() throws(CheckpointError) {
+    // A second flush finds nothing to write and takes as long as the disk does to say so.
+    guard !isFlushed.load(ordering: .relaxed) else { return }
     do { try open().sync() } catch { throw error.moved(to: destination) }
+    isFlushed.store(true, ordering: .relaxed)
   }
 
   /// Opens the complete file as a reader would, and compares what it says it holds.

@@ -1,0 +1,79 @@
+import Checkpoints
+import Foundation
+import TestSupport
+import Testing
+
+/// Commands on bundles, as a user runs them.
+struct BundleCommandTests {
+  let folder: TemporaryFolder
+
+  init() throws { folder = try TemporaryFolder() }
+
+  private func run(_ arguments: String...) throws -> String {
+    let result = try smelt(arguments)
+    #expect(result.code == 0, "\(arguments): \(result.errors)")
+    return result.output
+  }
+
+  private func digits(_ name: String) -> String { fixtures("digits/\(name).safetensors") }
+
+  @Test func `what reads a checkpoint reads a bundle and one model of a family`() throws {
+    let (family, model) = (folder("family.safetensors.zst"), folder("family.safetensors.zst/one"))
+    _ = try run(
+      "pack", "--base", digits("base"), "one=\(digits("upright"))", "two=\(digits("rotated"))",
+      family)
+    #expect(try run("verify", "--data", family).contains("213 of 213 tensors"))
+    _ = try run("verify", model, "--against", digits("upright"))
+    #expect(try run("inspect", model).contains("71 tensors"))
+
+    _ = try run("convert", model, folder("one.h5"))
+    _ = try run("diff", folder("one.h5"), digits("upright"))
+
+    func recipe(_ base: String, _ one: String, _ two: String) -> String {
+      """
+      base_model: \(base)
+      models: [{model: \(one), parameters: {weight: 0.5}}, {model: \(two), parameters: {weight: 0.5}}]
+      merge_method: task_arithmetic
+      dtype: float32
+      """
+    }
+    for (name, text) in [
+      ("bundled", recipe("\(family)/base", model, "\(family)/two")),
+      ("plain", recipe(digits("base"), digits("upright"), digits("rotated"))),
+    ] {
+      try Data(text.utf8).write(to: URL(filePath: folder("\(name).yml")))
+      _ = try run("merge", folder("\(name).yml"), folder("\(name).safetensors"))
+    }
+    _ = try run("diff", folder("bundled.safetensors"), folder("plain.safetensors"))
+
+    _ = try run(
+      "upscale", "--base", "\(family)/base", "--expert", "one=\(model)", "--expert",
+      "two=\(family)/two", "-o", folder("mixture.safetensors.zst"))
+    _ = try run(
+      "collapse", folder("mixture.safetensors.zst"), "--expert", "one", "-o",
+      folder("collapsed.safetensors"))
+    #expect(try run("inspect", folder("collapsed.safetensors")).contains("71 tensors"))
+  }
+
+  @Test func `an expert is kept as its difference from the nearest one before it`() throws {
+    // Two kinds of models: each is near to the one before it, and the third not to the first.
+    var generator = SeededGenerator(seed: 7)
+    func noise() -> [Float] {
+      (0..<20_000).map { _ in Float.random(in: -1...1, using: &generator) }
+    }
+    let (first, third) = (noise(), noise())
+    let models = [first, first.map { $0 * 1.001 }, third, third.map { $0 * 1.001 }]
+    for (index, values) in models.enumerated() {
+      try Checkpoint.write(
+        [SmallTensor("w", [100, 200], values)], to: folder("\(index).safetensors"))
+    }
+    _ = try run(
+      "pack", "--base", folder("0.safetensors"), "b=\(folder("1.safetensors"))",
+      "c=\(folder("2.safetensors"))", "d=\(folder("3.safetensors"))",
+      folder("f.safetensors.zst"))
+    let table = try run("inspect", folder("f.safetensors.zst"))
+    let rows: [[Substring]] = table.split(separator: "\n").map { $0.split(separator: " ") }
+    let codecs: [Substring] = rows.filter { $0.first == "F32" }.map { $0[5] }
+    #expect(codecs == ["planes", "ulp", "planes", "ulp"])
+  }
+}
