@@ -51,9 +51,8 @@ struct Smelt: ParsableCommand {
     for number in [SIGINT, SIGTERM, SIGHUP] {
       let before = signal(number, SIG_IGN)
       // nohup means that the command should go on.
-      if number == SIGHUP, unsafeBitCast(before, to: Int.self) == unsafeBitCast(SIG_IGN, to: Int.self) {
-        continue
-      }
+      let ignoring = unsafeBitCast(SIG_IGN, to: Int.self)
+      if number == SIGHUP, unsafeBitCast(before, to: Int.self) == ignoring { continue }
       let source = DispatchSource.makeSignalSource(signal: number, queue: .global())
       source.setEventHandler {
         Checkpoint.abandonUnfinishedOutputs()
