@@ -72,8 +72,10 @@ struct BundleCommandTests {
       "c=\(folder("2.safetensors"))", "d=\(folder("3.safetensors"))",
       folder("f.safetensors.zst"))
     let table = try run("inspect", folder("f.safetensors.zst"))
-    let rows: [[Substring]] = table.split(separator: "\n").map { $0.split(separator: " ") }
-    let codecs: [Substring] = rows.filter { $0.first == "F32" }.map { $0[5] }
+    var codecs: [Substring] = []
+    for line in table.split(separator: "\n") where line.hasPrefix("F32") {
+      codecs.append(line.split(separator: " ")[5])
+    }
     #expect(codecs == ["planes", "ulp", "planes", "ulp"])
   }
 }
