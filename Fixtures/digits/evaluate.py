@@ -24,7 +24,7 @@ PATCH = 2
 WHITE = 16  # grey levels go from 0 to 16
 EPSILON = 1e-5  # of the layer norms
 BATCH = 125  # images at a time
-DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "U8": "u1"}
+DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "U32": "<u4", "U8": "u1"}
 
 
 # --- Reading checkpoints ---

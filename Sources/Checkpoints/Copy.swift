@@ -35,21 +35,25 @@ extension TensorSource {
 extension ChecksumComparison {
   /// - Throws: if a tensor does not have its checksum.
   func refuseDamage(in path: String) throws(CheckpointError) {
-    try damaged.first.map { (tensor) throws(CheckpointError) in throw damage(tensor, path) }
+    try damaged.first?.refuse(
+      in: path,
+      ", or if it was changed on purpose, save it without \"checksums\" in its metadata")
   }
 }
 
 extension Verification {
   /// - Throws: if a tensor is not what was written.
   func refuseDamage(in path: String) throws(CheckpointError) {
-    try damaged.first.map { (tensor) throws(CheckpointError) in throw damage(tensor, path) }
+    try damaged.first?.refuse(in: path)
   }
 }
 
-private func damage(_ tensor: TensorInfo, _ path: String) -> CheckpointError {
-  CheckpointError(
-    file: path, tensor: tensor.name, "is not what was written: its checksum differs",
-    remedy: "get it again; 'smelt verify --data' lists what is damaged")
+extension TensorInfo {
+  fileprivate func refuse(in path: String, _ otherRemedy: String = "") throws(CheckpointError) {
+    throw CheckpointError(
+      file: path, tensor: name, "is not what was written: its checksum differs",
+      remedy: "get it again ('smelt verify --data' lists what is damaged)" + otherRemedy)
+  }
 }
 
 /// Tensors cut into pieces of at most `size` bytes, in order.

@@ -1,4 +1,4 @@
-import Checkpoints
+public import Checkpoints
 import FoundationEssentials
 
 /// The `config.json` that Hugging Face keeps beside a model's weights.
@@ -6,19 +6,23 @@ public struct ModelConfiguration: Sendable {
   private var values: JSONValue
 
   /// The configuration of the model at a path, a folder or a file in one; `nil` if there is none.
-  public init?(of path: String) {
+  ///
+  /// - Throws: `CheckpointError` if there is one that cannot be read or is no JSON object.
+  public init?(of path: String) throws(CheckpointError) {
     let folder = path.hasSuffix("/") ? String(path.dropLast()) : path
     let parent = folder.lastIndex(of: "/").map { String(folder[..<$0]) } ?? "."
-    for candidate in ["\(folder)/config.json", "\(parent)/config.json"] {
-      guard let file = try? File(reading: candidate), let size = try? file.size(),
-        size < 16 << 20, let bytes = try? file.bytes(at: 0, count: size),
-        let values = try? JSONDecoder().decode(JSONValue.self, from: Data(bytes)),
-        case .object = values
-      else { continue }
-      self.values = values
-      return
+    let candidates = ["\(folder)/config.json", "\(parent)/config.json"]
+    guard let path = candidates.first(where: { FileManager.default.fileExists(atPath: $0) })
+    else { return nil }
+    let text = try configurationText(path)
+    guard let values = try? JSONDecoder().decode(JSONValue.self, from: Data(text)),
+      case .object = values
+    else {
+      throw CheckpointError(
+        file: path, "is not a model's configuration: it is not a JSON object",
+        remedy: "mend it or take it away")
     }
-    return nil
+    self.values = values
   }
 
   subscript(key: String) -> JSONValue? {
@@ -107,4 +111,14 @@ enum JSONValue: Codable, Sendable, Equatable {
       self = .object(values)
     }
   }
+}
+
+/// What is in a `config.json`.
+func configurationText(_ path: String) throws(CheckpointError) -> [UInt8] {
+  let file = try File(reading: path)
+  let size = try file.size()
+  guard size <= 16 << 20 else {
+    throw CheckpointError(file: path, "has \(size) bytes, too many for a configuration")
+  }
+  return try file.bytes(at: 0, count: size)
 }

@@ -63,7 +63,7 @@ struct Upscale: ParsableCommand {
   @Flag(help: "One router for all layers, stored once: metadata tells which gates it stands for.")
   var sharedGate = false
 
-  @Flag(help: "With --shared-gate: store its copy in every layer, as FusionBench loads it.")
+  @Flag(help: "With --shared-gate: store its copy in every layer.")
   var duplicateGate = false
 
   @Option(help: "How task vectors are stored: dense, sparse, int8, int4 or lowrank.")
@@ -83,9 +83,9 @@ struct Upscale: ParsableCommand {
 
   @Option(
     help: ArgumentHelp(
-      "wemoe, or mixtral: Llama-like experts as whole MLPs side by side, which transformers loads.",
+      "wemoe, fusionbench or mixtral: Llama-like experts as whole MLPs side by side, which transformers loads.",
       discussion:
-        "A Mixtral's gates are fitted to --activations, best recorded with --tokens. An output without a file's ending is a folder with config.json and the base's tokenizer."
+        "FusionBench loads its own tensors and no others: without what makes a collapse to one expert exact. A Mixtral's gates are fitted to --activations, best recorded with --tokens. An output without a file's ending is a folder with config.json and the base's tokenizer."
     ))
   var format = Format.wemoe
 
@@ -105,7 +105,7 @@ struct Upscale: ParsableCommand {
   }
 
   enum Format: String, ExpressibleByArgument, CaseIterable {
-    case wemoe, mixtral
+    case wemoe, fusionbench, mixtral
   }
 
   func validate() throws {
@@ -113,7 +113,11 @@ struct Upscale: ParsableCommand {
       throw ValidationError("--format mixtral and --activations go together.")
     }
     guard !attention || format == .wemoe else {
-      throw ValidationError("--format mixtral cannot have --attention.")
+      throw ValidationError("--format \(format.rawValue) cannot have --attention.")
+    }
+    guard format != .fusionbench || store == .dense && !keepHeads else {
+      throw ValidationError(
+        "--format fusionbench is dense and cannot have --store or --keep-heads.")
     }
     guard (0...2).contains(routerDepth) else {
       throw ValidationError("--router-depth is 0, 1 or 2.")
@@ -198,7 +202,9 @@ struct Upscale: ParsableCommand {
     if attention { options.mlps += TransformerMLP.attentions }
     options.layers = layers?.numbers
     options.pruning = prune
-    options.gates = !sharedGate ? .own : duplicateGate ? .duplicated : .shared
+    let isDuplicated = duplicateGate || format == .fusionbench
+    options.gates = !sharedGate ? .own : isDuplicated ? .duplicated : .shared
+    options.keepsCorrections = format == .wemoe
     options.activation = activation?.activation
     options.keepsHeads = keepHeads
     switch store {
@@ -225,10 +231,18 @@ struct Upscale: ParsableCommand {
       ["parameters", "\(millions(cost.parameters)) M"],
       ["  other than zero", "\(millions(cost.remaining)) M"],
       ["read", "\(ByteSize(bytes: cost.bytesRead)) (the MLPs \(cost.passes) ×)"],
-      ["written", "\(ByteSize(bytes: cost.bytesWritten))"],
+      [
+        "written",
+        "\(ByteSize(bytes: cost.bytesWritten))\(upscaling.hasCorrections ? ", and corrections" : "")",
+      ],
       ["peak memory", "\(ByteSize(bytes: cost.peakMemory)) at most"],
     ]
     print(Table(columns: [output, ""], rows: rows))
+    if upscaling.hasCorrections {
+      print(
+        "corrections: the weights that base + task vector misses by a last digit, counted when it is written"
+      )
+    }
     if let sentence = cost.reads.sentence { print(sentence) }
   }
 

@@ -41,6 +41,10 @@ struct Verify: ParsableCommand {
     for tensor in verification.damaged {
       print("data: tensor \(quoted(tensor.name)) is not what was written: its checksum differs")
     }
+    if !verification.isSound {
+      print(
+        "a file that was changed on purpose has to be saved without \"checksums\" in its metadata")
+    }
     print(
       "data: \(verification.checkedCount - verification.damaged.count) of "
         + "\(source.manifest.tensors.count) tensors have the checksum they were written with")

@@ -24,7 +24,7 @@ class FusionBenchLayout(unittest.TestCase):
             path = Path(folder) / "moe.safetensors"
             experts = [f"--expert={task}={DIGITS / task}.safetensors" for task in TASKS]
             subprocess.run(
-                [SMELT, "upscale", "--base", DIGITS / "base.safetensors", *experts, "-o", path, *options],
+                [SMELT, "upscale", "--base", DIGITS / "base.safetensors", *experts, "-o", path, "--format", "fusionbench", *options],
                 check=True, capture_output=True,
             )  # fmt: skip
             tensors = load_file(path)
@@ -40,7 +40,7 @@ class FusionBenchLayout(unittest.TestCase):
         self.check("--prune", "0.9")
 
     def test_shared_gate_in_every_layer(self):
-        self.check("--shared-gate", "--duplicate-gate")
+        self.check("--shared-gate")
 
 
 try:
@@ -63,7 +63,7 @@ class FusionBenchLoads(unittest.TestCase):
 
     def check(self, module_class, depth, *options):
         with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-            path = make_mixture(Path(folder), DIGITS / "base.safetensors", "--router-depth", depth, *options)
+            path = make_mixture(Path(folder), DIGITS / "base.safetensors", "--router-depth", depth, *options, "--format", "fusionbench")
             model = wemoe.load(path, digits_config(), transformers.CLIPVisionModel)
             seen, made = {}, {}
             layers = [m for m in model.modules() if isinstance(m, CLIPMLP)]
@@ -91,7 +91,7 @@ class FusionBenchLoads(unittest.TestCase):
                 self.check(WeightEnsemblingMoE, depth)
 
     def test_pruned_with_a_shared_gate(self):
-        self.check(SparseWeightEnsemblingMoE, 2, "--prune", "0.9", "--shared-gate", "--duplicate-gate")
+        self.check(SparseWeightEnsemblingMoE, 2, "--prune", "0.9", "--shared-gate")
 
 
 if __name__ == "__main__":

@@ -89,6 +89,12 @@ def tiny_model(folder, kind):
     if kind == "gpt2":
         config = transformers.GPT2Config(n_embd=16, n_layer=2, n_head=2, n_positions=32, **size)
         model = transformers.GPT2LMHeadModel(config)
+    elif kind == "phi3":
+        config = transformers.Phi3Config(
+            hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+            **size
+        )  # fmt: skip
+        model = transformers.Phi3ForCausalLM(config)
     else:
         config = transformers.T5Config(
             d_model=16, d_ff=24, d_kv=4, num_layers=2, num_heads=4, decoder_start_token_id=0,
@@ -194,7 +200,7 @@ class WemoeTests(unittest.TestCase):
     @torch.no_grad()
     def test_constant_routers_are_a_collapsed_model(self):
         """Of every architecture, what `smelt collapse` writes computes what the mixture does."""
-        kinds = ("gpt2", "t5", "t5 1.1", "llama", "bert")
+        kinds = ("gpt2", "t5", "t5 1.1", "phi3", "llama", "bert")
         for kind, options in itertools.product(kinds, ([], ["--attention"])):
             with self.subTest(kind=kind, options=options):
                 if kind in FAMILIES:

@@ -153,6 +153,38 @@ struct ForwardPassTests {
     #expect(error?.problem == "is not a Transformer's configuration: \(reason)")
   }
 
+  /// Qwen2's windows are off unless switched on, and begin behind its first layers.
+  @Test(arguments: [
+    (#""use_sliding_window": true, "sliding_window": 3, "max_window_layers": 1"#, [1]),
+    (#""use_sliding_window": true, "sliding_window": 3, "max_window_layers": 0"#, [0, 1]),
+    (#""use_sliding_window": true, "sliding_window": 3"#, []),
+    (#""sliding_window": 3, "max_window_layers": 0"#, []),
+  ])
+  func `without layer types, Qwen's sliding windows are those that its configuration means`(
+    fields: String, sliding: [Int]
+  ) throws {
+    let fixture = try Fixture("qwen2")
+    let folder = try TemporaryFolder()
+    func run(_ fields: String) throws -> [[Float]] {
+      let text =
+        #"{"model_type": "qwen2", "hidden_act": "silu", "num_attention_heads": 4, "num_key_value_heads": 1, "rms_norm_eps": 1e-6, \#(fields)}"#
+      try Data(text.utf8).write(to: URL(filePath: folder("config.json")))
+      let pass = try ForwardPass(
+        of: fixture.model, for: fixture.inputs, configurationPath: folder("config.json"))
+      let recorded = try record(pass, fixture.inputs)
+      return try ["layers.1.mlp", "last_hidden_state"].map { try recorded.floats(of: $0) }
+    }
+    let types = (0..<2).map { #""\#(sliding.contains($0) ? "sliding" : "full")_attention""# }
+    let named = try run(
+      #""use_sliding_window": true, "sliding_window": 3, "layer_types": [\#(types[0]), \#(types[1])]"#
+    )
+    #expect(try run(fields) == named)
+    if !sliding.isEmpty {
+      let full = try run(#""use_sliding_window": false"#)
+      #expect(full != named)
+    }
+  }
+
   @Test func `an unknown rotary embedding is refused`() throws {
     let fixture = try Fixture("llama")
     let folder = try TemporaryFolder()

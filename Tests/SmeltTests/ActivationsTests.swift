@@ -205,8 +205,8 @@ struct ActivationsTests {
     let expert = try Checkpoint.open(fixtures("digits/rotated.safetensors"))
     for tensor in expert.manifest.tensors
     where tensor.name.contains(".self_attn.") || tensor.name.contains(".mlp.") {
-      let (own, found) = (try expert.floats(of: tensor.name), try one.floats(of: tensor.name))
-      #expect(zip(own, found).allSatisfy { abs($0 - $1) < 1e-6 }, "\(tensor.name)")
+      #expect(
+        try one.bytes(of: one.tensor(tensor.name)) == expert.bytes(of: tensor), "\(tensor.name)")
     }
 
     try succeed(
@@ -217,6 +217,31 @@ struct ActivationsTests {
       incomplete.errors.hasSuffix(
         "mlps.npz: tensor \"vision_model.encoder.layers.0.self_attn\": is missing; record the inputs of attention too, with 'smelt activations --attention'\n"
       ))
+  }
+
+  @Test func `FusionBench's format has FusionBench's tensors and no others`() throws {
+    let models = Self.experts.flatMap {
+      ["--expert", "\($0)=\(fixtures("digits/\($0).safetensors"))"]
+    }
+    func upscale(_ options: [String], _ output: String) throws -> CommandResult {
+      try smelt(["upscale", "--base", base] + models + options + ["-o", folder(output)])
+    }
+    #expect(try upscale([], "own.safetensors").code == 0)
+    #expect(try upscale(["--format", "fusionbench"], "other.safetensors").code == 0)
+    let own = try Checkpoint.open(folder("own.safetensors"))
+    let other = try Checkpoint.open(folder("other.safetensors"))
+    let added = own.manifest.tensors.filter { other.manifest[$0.name] == nil }
+    #expect(!added.isEmpty && added.allSatisfy { $0.name.contains("#") })
+    for tensor in other.manifest.tensors {
+      #expect(try own.bytes(of: own.tensor(tensor.name)) == other.bytes(of: tensor))
+    }
+    for options in [["--store", "int8"], ["--attention"], ["--keep-heads"]] {
+      let refused = try upscale(["--format", "fusionbench"] + options, "no.safetensors")
+      #expect(refused.code == 64)
+    }
+    let plan = try upscale(["--dry-run"], "plan.safetensors")
+    #expect(plan.output.contains("MB, and corrections"))
+    #expect(!FileManager.default.fileExists(atPath: folder("plan.safetensors")))
   }
 
   @Test func `activations and progressive exclude each other`() throws {

@@ -161,7 +161,9 @@ struct IdentityCommandTests {
     #expect(result.code == 1)
     #expect(
       result.output.contains(
-        "data: tensor \"b\" is not what was written: its checksum differs\n"))
+        "data: tensor \"b\" is not what was written: its checksum differs\n"
+          + "a file that was changed on purpose has to be saved without \"checksums\" in its metadata\n"
+      ))
   }
 
   @Test func `the same tensors in another format are the same`() throws {

@@ -151,7 +151,9 @@ public struct ForwardPass: Sendable {
     func headNorm(_ part: String) throws -> Norm? {
       hasHeadNorms ? try norm("\(name).self_attn.\(part)", count: headWidth) : nil
     }
-    let slides = configuration.slidingLayers.map { $0.indices.contains(index) && $0[index] } ?? true
+    let slides =
+      configuration.slidingLayers.map { $0.indices.contains(index) && $0[index] }
+      ?? (index >= configuration.firstSlidingLayer)
     return Attention(
       query: try dense(family.query, inner, width),
       key: try dense(family.key, key.shape[0], width),

@@ -17,6 +17,8 @@ public struct TransformerConfiguration: Sendable, Equatable {
   var slidingWindow: Int?
   /// For each layer whether its attention is a sliding window; `nil` if all layers are alike.
   var slidingLayers: [Bool]?
+  /// Where those are not named: the first layer whose attention is a sliding window.
+  var firstSlidingLayer = 0
   /// Gemma adds one to the weights of its norms, multiplies its embeddings by the root of the width.
   var isGemma = false
   /// Which of the padding's and the first position's numbers RoBERTa's positions begin behind.
@@ -63,7 +65,12 @@ public struct TransformerConfiguration: Sendable, Equatable {
     let rope = file.ropeParameters ?? file.ropeScaling
     ropeTheta = rope?.theta ?? file.ropeTheta
     ropeScaling = try rope?.scaling(path) ?? .none
-    if file.usesSlidingWindow ?? true { slidingWindow = file.slidingWindow }
+    // Qwen's windows are off unless switched on, and begin behind its first layers.
+    let isQwen = ["qwen2", "qwen2_moe", "qwen3", "qwen3_moe"].contains(file.modelType)
+    if file.usesSlidingWindow ?? !isQwen {
+      slidingWindow = file.slidingWindow ?? (isQwen ? 4096 : nil)
+    }
+    if isQwen { firstSlidingLayer = file.fullWindowLayers ?? 28 }
     slidingLayers = file.layerTypes?.map { $0 == "sliding_attention" }
     if let window = slidingWindow, window < 1 {
       throw CheckpointError(file: path, "has a sliding window of \(window) tokens")
@@ -96,6 +103,7 @@ private struct ConfigurationFile: Decodable {
   let slidingWindow: Int?
   let usesSlidingWindow: Bool?
   let layerTypes: [String]?
+  let fullWindowLayers: Int?
   let paddingToken: Int?
   let textConfig: Nested?
   let visionConfig: Nested?
@@ -115,6 +123,7 @@ private struct ConfigurationFile: Decodable {
     case slidingWindow = "sliding_window"
     case usesSlidingWindow = "use_sliding_window"
     case layerTypes = "layer_types"
+    case fullWindowLayers = "max_window_layers"
     case paddingToken = "pad_token_id"
     case textConfig = "text_config"
     case visionConfig = "vision_config"
@@ -172,15 +181,6 @@ extension Activation {
     default: self.init(rawValue: name)
     }
   }
-}
-
-private func configurationText(_ path: String) throws -> [UInt8] {
-  let file = try File(reading: path)
-  let size = try file.size()
-  guard size <= 16 << 20 else {
-    throw CheckpointError(file: path, "has \(size) bytes, too many for a configuration")
-  }
-  return try file.bytes(at: 0, count: size)
 }
 
 private func reason(of error: any Error) -> String {

@@ -3,8 +3,9 @@ public import Checkpoints
 /// Turning a mixture back into a plain model: in every module θ = base + Σ wⱼτⱼ with weights that
 /// no longer depend on the input; everything else stays as it is.
 ///
-/// With weight 1 for one expert the MLPs are that expert's: bit for bit wherever its change is
-/// smaller than the weight itself, and else up to the rounding of the stored task vector.
+/// With weight 1 for one expert and 0 for the others the MLPs are that expert's bit for bit, if the
+/// mixture has dense task vectors and its corrections (see `Corrections`); without those up to the
+/// rounding of the stored task vector, and of F64 to Float.
 public struct Collapse: Sendable {
   /// Where the weights come from.
   public enum Weights: Sendable {
@@ -106,7 +107,7 @@ public struct Collapse: Sendable {
   public func run(into sink: any TensorSink, memory: Int, workers: Int) throws {
     let weights = try moduleWeights()
     let pipeline = Pipeline(
-      from: [mixture.decoded], into: [sink], memory: memory, workers: workers)
+      from: [mixture.decoded, mixture.corrections], into: [sink], memory: memory, workers: workers)
     let steps = zip(mixture.modules, weights).flatMap { entry, weights in
       entry.keys.flatMap { key in
         step(entry.module, key, weights.weights)
@@ -131,13 +132,20 @@ public struct Collapse: Sendable {
     _ module: MixtureDescription.Module, _ key: String, _ weights: [Float]
   ) -> [Step<WeightedSum>] {
     let used = weights.indices.filter { weights[$0] != 0 }
-    let inputs =
-      ["\(module.prefix).base_model.\(key)"]
-      + used.map { "\(module.prefix).task_vectors.\($0).\(key)" }
+    let vectors = used.map {
+      mixture.decoded.manifest["\(module.prefix).task_vectors.\($0).\(key)"]!
+    }
+    let base = mixture.decoded.manifest["\(module.prefix).base_model.\(key)"]!
+    var inputs: [(file: Int, tensor: TensorInfo)] = ([base] + vectors).map { (0, $0) }
+    var sum = WeightedSum(weights: used.map { weights[$0] })
+    if sum.weights == [1],
+      let corrections = mixture.corrections.manifest[Corrections.spread(over: vectors[0]).name]
+    {
+      inputs.append((1, corrections))
+      sum.isCorrected = true
+    }
     return Step.covering(
-      inputs.map { (0, mixture.decoded.manifest[$0]!) },
-      outputs: [(0, manifest["\(module.original).\(key)"]!)],
-      with: WeightedSum(weights: used.map { weights[$0] }))
+      inputs, outputs: [(0, manifest["\(module.original).\(key)"]!)], with: sum)
   }
 }
 
@@ -152,9 +160,11 @@ extension Mixture {
   }
 }
 
-/// The first row plus the others, weighted.
+/// The first row plus the others, weighted; where a row of corrections behind them has a weight,
+/// that weight.
 private struct WeightedSum: TileOperation {
   let weights: [Float]
+  var isCorrected = false
 
   var grain: Int { 1 }
   func makeSummary() {}
@@ -164,6 +174,12 @@ private struct WeightedSum: TileOperation {
     copy(input[0], into: &result)
     for (index, weight) in weights.enumerated() {
       add(input[index + 1], times: weight, into: &result)
+    }
+    guard isCorrected else { return }
+    let corrections = input[weights.count + 1]
+    for i in corrections.indices
+    where corrections[i].bitPattern != Corrections.none.bitPattern {
+      result[i] = corrections[i]
     }
   }
 }

@@ -7,6 +7,8 @@ public struct Mixture: Sendable {
   public let source: any TensorSource
   /// The same with every task vector dense and in Float, however it is stored.
   let decoded: any TensorSource
+  /// What task vectors do not give back exactly.
+  let corrections: CorrectionSource
   /// The modules in their order, with the keys of their tensors.
   let modules: [(module: MixtureDescription.Module, keys: [String])]
 
@@ -16,6 +18,7 @@ public struct Mixture: Sendable {
     self.source = source
     let decoded = try TaskVectorSource(source, description)
     self.decoded = decoded
+    corrections = try CorrectionSource(of: source, description)
     let experts = description.experts.count
     for gate in Set(description.modules.map { $0.gate }) {
       let width = description.modules.first { $0.gate == gate }!.width

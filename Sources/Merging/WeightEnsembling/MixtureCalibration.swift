@@ -346,7 +346,8 @@ extension MixtureCalibration {
 
 extension MLPWeights {
   /// The linear maps below a prefix, in the order they are applied: two, or three of which the
-  /// first is a gate. `nil` where their shapes make no such MLP.
+  /// first is a gate; where gate and first map are stored as one (Phi-3), the gate is the upper half
+  /// of its rows. `nil` where their shapes make no such MLP.
   init?(
     of source: any TensorSource, prefix: String, maps: [String], isTransposed: Bool
   ) throws {
@@ -364,13 +365,27 @@ extension MLPWeights {
         : Array(repeating: 0, count: weight.rowCount)
       return bias.count == weight.rowCount ? Dense(weight: weight, bias: bias) : nil
     }
-    let layers = try maps.compactMap { try dense($0) }
-    guard layers.count == maps.count, let first = layers.first, let last = layers.last,
+    var layers = try maps.compactMap { try dense($0) }
+    if layers.count == 2, maps.count == 2,
+      layers[0].bias.count == 2 * layers[1].weight.columnCount
+    {
+      let middle = layers[1].weight.columnCount
+      layers.replaceSubrange(
+        0..<1, with: [layers[0].rows(0..<middle), layers[0].rows(middle..<2 * middle)])
+    }
+    guard layers.count >= maps.count, let first = layers.first, let last = layers.last,
       layers.dropLast().allSatisfy({ $0.weight.columnCount == first.weight.columnCount }),
       layers.dropLast().allSatisfy({ $0.bias.count == last.weight.columnCount })
     else { return nil }
     self.init(fc1: layers[layers.count - 2], fc2: last)
     if layers.count == 3 { gate = first }
+  }
+}
+
+extension Dense {
+  /// The layer that makes some of the outputs.
+  fileprivate func rows(_ rows: Range<Int>) -> Dense {
+    Dense(weight: weight.rows(rows), bias: Array(bias[rows]))
   }
 }
 

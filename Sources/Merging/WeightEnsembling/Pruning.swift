@@ -18,16 +18,21 @@ extension Upscaling {
   /// How often a survey reads the tensors of the MLPs.
   var surveyPasses: Int {
     // Two passes find a quantile, a third counts and weighs what is beyond it.
-    options.pruning != nil ? 3 : options.storage == .sparse ? 1 : 0
+    options.pruning != nil ? 3 : options.storage == .sparse || hasCorrections ? 1 : 0
   }
 
-  /// Reads the MLPs to find out what pruning keeps, where the layout depends on it.
+  /// Reads the MLPs to find out what pruning keeps and what needs correction, where the layout
+  /// depends on it.
   ///
   /// Memory is the budget's; every worker keeps counters of a megabyte an expert beside it.
   public mutating func survey(memory: Int, workers: Int) throws {
     guard surveyPasses > 0 else { return }
     let tensors = modules.flatMap { $0.tensors }.map { family.base.manifest[$0]! }
     let cleanings = try findCleanings(memory: memory, workers: workers)
+    if hasCorrections {
+      let counts = try countCorrections(tensors, cleanings, memory: memory, workers: workers)
+      return take(corrections: counts)
+    }
     var found: [String: PrunedTensor] = [:]
     // As many tensors together as there are workers: their counters are what takes memory.
     for start in stride(from: 0, to: tensors.count, by: workers) {
@@ -35,7 +40,32 @@ extension Upscaling {
       let pruned = try prune(batch, cleanings, memory: memory, workers: workers)
       for (tensor, pruned) in zip(batch, pruned) { found[tensor.name] = pruned }
     }
-    take(found)
+    take(pruned: found)
+  }
+
+  private func countCorrections(
+    _ tensors: [TensorInfo], _ cleanings: [String: TensorCleaning], memory: Int, workers: Int
+  ) throws -> [String: [Int]] {
+    let steps = tensors.map { tensor in
+      var operation = operation(for: tensor, cleanings[tensor.name] ?? .none)
+      operation.corrected = Array(family.experts.indices)
+      // In Float, which nothing has to be converted to.
+      let discarded = Corrections.spread(over: tensor)
+      return Step.covering(
+        family.places(of: tensor),
+        outputs: Array(repeating: (0, discarded), count: 1 + 2 * family.experts.count),
+        with: CorrectionSurvey(operation: operation))
+    }
+    let counts = try Pipeline(
+      from: family.sources, into: [DiscardingSink()], memory: memory, workers: workers
+    ).run(steps.flatMap { $0 })
+    let sums = fold(counts, steps.map { $0.count }) { sum, counts in
+      for expert in counts.indices { sum[expert] += counts[expert] }
+    }
+    return Dictionary(
+      uniqueKeysWithValues: zip(tensors, sums).compactMap { tensor, counts in
+        counts.map { (tensor.name, $0) }
+      })
   }
 
   private func prune(
@@ -132,6 +162,22 @@ extension PrunedTensor.Expert {
       let value = Double(values[index])
       total += value * value
       if value.magnitude > threshold { kept += 1 } else { dropped += value * value }
+    }
+  }
+}
+
+/// Counts the corrections of every expert in what an upscaling would write.
+private struct CorrectionSurvey: TileOperation {
+  let operation: UpscalingOperation
+
+  var grain: Int { operation.grain }
+  func makeSummary() -> [Int] { operation.corrected.map { _ in 0 } }
+
+  func apply(_ input: inout Tile, into output: inout Tile, summary: inout [Int]) {
+    var ignored = operation.makeSummary()
+    operation.apply(&input, into: &output, summary: &ignored)
+    for index in summary.indices {
+      summary[index] += Corrections.count(output[1 + operation.experts + index])
     }
   }
 }

@@ -204,7 +204,7 @@ final class TaskVectorSource: TensorSource {
 
 extension TensorSource {
   /// Some of a tensor's bytes.
-  fileprivate func bytes(of tensor: TensorInfo, at offset: Int, count: Int)
+  func bytes(of tensor: TensorInfo, at offset: Int, count: Int)
     throws(CheckpointError) -> [UInt8]
   {
     var bytes = [UInt8](repeating: 0, count: count)

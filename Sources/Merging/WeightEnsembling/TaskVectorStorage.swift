@@ -5,7 +5,7 @@ import Checkpoints
 /// A task vector T of shape `[…, columns]` and n elements, rows being runs of `columns`
 /// elements, is one of these groups of tensors; which, their names and types say:
 ///
-/// - dense: `T`, the numbers themselves.
+/// - dense: `T`, the numbers themselves; beside them there may be `Corrections`.
 /// - sparse: `T#bitmap`, U8 `[⌈n/8⌉]`: bit i mod 8 (the lowest first) of byte ⌊i/8⌋ tells whether
 ///   element i is stored; `T#values`, the stored elements in order. The others are 0.
 /// - int8: `T#values`, I8 `[rows, columns]`; `T#scale`, F32 `[rows]`. Element (r, c) is

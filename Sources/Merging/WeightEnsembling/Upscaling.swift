@@ -36,6 +36,8 @@ public struct Upscaling: Sendable {
     public var storage = TaskVectorStorage.dense
     /// What the MLPs compute between their maps; found from the model if not given.
     public var activation: Activation?
+    /// Stores beside dense task vectors the weights that they do not give back exactly.
+    public var keepsCorrections = true
     /// Keeps what only some experts have, as `experts.{name}.{tensor}`.
     public var keepsHeads = false
 
@@ -46,18 +48,24 @@ public struct Upscaling: Sendable {
   public let options: Options
   /// The modules in the model's order.
   public let modules: [UpscaledModule]
-  /// The mixture's tensors. Where sparse task vectors are stored, their sizes are an estimate
-  /// until `survey` has counted.
+  /// The mixture's tensors. Until `survey` has counted, the sizes of sparse task vectors are an
+  /// estimate, and corrections are missing.
   public private(set) var manifest: Manifest
   /// The (cleaned) task vectors as a checkpoint of their own: `{expert}/{tensor}`, in Float.
   public let taskVectorManifest: Manifest
   /// What pruning keeps of each module tensor, by its name in the base.
   private(set) var pruned: [String: PrunedTensor] = [:]
+  /// How many weights each expert's task vector does not give back, by the tensor's name in the
+  /// base; empty before the survey.
+  private(set) var corrections: [String: [Int]] = [:]
   /// The task vectors' Gram matrices, if the survey had to find them.
   var grams: TaskVectorGrams?
   private let members: [String: TransformerMLP.Member]
+  /// What the MLPs compute: as asked, as the model's configuration says, or as the family does.
+  private let activation: Activation?
 
-  /// - Throws: `MergeError` if the model has no MLP that is known or an option is out of range.
+  /// - Throws: `MergeError` if the model has no MLP that is known or an option is out of range;
+  ///   `CheckpointError` if a tensor or the base's `config.json` cannot be used.
   public init(_ family: ModelFamily, _ options: Options) throws {
     self.family = family
     self.options = options
@@ -65,6 +73,9 @@ public struct Upscaling: Sendable {
     modules = UpscaledModule.modules(
       of: family.base.manifest, options.mlps, layers: options.layers)
     try Upscaling.check(modules, of: family, options)
+    activation =
+      try options.activation ?? ModelConfiguration(of: family.base.path)?.activation
+      ?? modules.lazy.compactMap { $0.activation }.first
     let names = Set(modules.flatMap { $0.tensors })
     members = Dictionary(
       uniqueKeysWithValues: names.map {
@@ -148,9 +159,17 @@ public struct Upscaling: Sendable {
     options.storage.coding(of: tensor)
   }
 
+  /// Whether there may be corrections: what is pruned or coded has lost more than a last digit.
+  public var hasCorrections: Bool {
+    options.keepsCorrections && options.storage == .dense && options.pruning == nil
+  }
+
   /// Takes in what a survey found; the layout then fits it.
-  mutating func take(_ pruned: [String: PrunedTensor]) {
+  mutating func take(
+    pruned: [String: PrunedTensor] = [:], corrections: [String: [Int]] = [:]
+  ) {
     self.pruned = pruned
+    self.corrections = corrections
     manifest = layOut()
   }
 }
@@ -191,9 +210,10 @@ extension Upscaling {
       }
       tensors.append(tensor.renamed(member.baseName))
       for expert in family.experts.indices {
+        let vector = tensor.renamed(member.taskVectorName(expert))
         tensors += coding(of: tensor).layout(
-          of: tensor.renamed(member.taskVectorName(expert)),
-          kept: pruned[tensor.name]?.experts[expert].kept ?? estimatedKept(tensor))
+          of: vector, kept: pruned[tensor.name]?.experts[expert].kept ?? estimatedKept(tensor))
+        tensors += Corrections.layout(of: vector, count: corrections[tensor.name]?[expert] ?? 0)
       }
     }
     return Manifest(
@@ -257,13 +277,6 @@ extension Upscaling {
       let total = tensors.reduce(0) { $0 + $1.experts[expert].total }
       return total > 0 ? (dropped / total).squareRoot() : 0
     }
-  }
-
-  /// As asked, as the model's configuration says, or as the family does.
-  private var activation: Activation? {
-    options.activation
-      ?? ModelConfiguration(of: family.base.path)?.activation
-      ?? modules.lazy.compactMap { $0.activation }.first
   }
 }
 

@@ -18,7 +18,8 @@ extension Upscaling {
     into mixture: any TensorSink, taskVectors: (any TensorSink)? = nil, memory: Int, workers: Int
   ) throws -> Report {
     let coded = codedVectors
-    let sink = TaskVectorSink(mixture, coded)
+    let codingSink = TaskVectorSink(mixture, coded)
+    let sink = CorrectionSink(codingSink, correctedVectors, from: family.sources)
     var cleanings: [String: TensorCleaning] = [:]
     func write(
       _ parts: [(tensor: TensorInfo, cleaning: TensorCleaning)], from inputs: Cleaning.Inputs
@@ -45,7 +46,7 @@ extension Upscaling {
       let files = Cleaning.Inputs(sources: family.sources, memory: memory)
       _ = try write(tensors.map { ($0, .none) }, from: files)
     }
-    var distances = sink.errors
+    var distances = codingSink.errors
     try writeFactors(
       into: mixture, cleanings, memory: memory, workers: workers, &distances)
     try copyTheRest(into: mixture, workers: workers)
@@ -87,6 +88,16 @@ extension Upscaling {
     }
   }
 
+  /// The task vectors that have corrections, and how many.
+  private var correctedVectors: [(info: TensorInfo, count: Int)] {
+    family.base.manifest.tensors.flatMap { tensor -> [(TensorInfo, Int)] in
+      guard let counts = corrections[tensor.name], let member = member(tensor) else { return [] }
+      return counts.enumerated().filter { $0.element > 0 }.map {
+        (tensor.renamed(member.taskVectorName($0.offset)), $0.element)
+      }
+    }
+  }
+
   private func steps(
     for tensor: TensorInfo, _ cleaning: TensorCleaning, into mixture: Manifest,
     withTaskVectors: Bool
@@ -103,7 +114,17 @@ extension Upscaling {
     if withTaskVectors {
       outputs += family.experts.map { (1, taskVectorManifest["\($0.name)/\(tensor.name)"]!) }
     }
+    operation.corrected = correctedExperts(of: tensor)
+    outputs += operation.corrected.map { expert in
+      let vector = tensor.renamed(member(tensor)!.taskVectorName(expert))
+      return (0, mixture[Corrections.spread(over: vector).name]!)
+    }
     return operation.steps(family.places(of: tensor), outputs: outputs)
+  }
+
+  /// The experts whose task vectors of this tensor have corrections.
+  private func correctedExperts(of tensor: TensorInfo) -> [Int] {
+    (corrections[tensor.name] ?? []).enumerated().filter { $0.element > 0 }.map { $0.offset }
   }
 
   /// How every tensor is cleaned. What shares a redundant vector wider than a row is read for
@@ -168,7 +189,7 @@ extension TensorSource {
 /// The arithmetic of one tensor: rows are the base and the experts.
 ///
 /// Out come the merged tensor, or for an MLP the module's base and task vectors; behind them,
-/// if they are asked for, the task vectors as such.
+/// if they are asked for, the task vectors as such, and behind those the corrections, spread.
 struct UpscalingOperation: TileOperation {
   let experts: Int
   let isModule: Bool
@@ -182,6 +203,8 @@ struct UpscalingOperation: TileOperation {
   /// Elements that are coded together.
   let codingGrain: Int
   let isCoded: Bool
+  /// The experts whose corrections come out.
+  var corrected: [Int] = []
 
   var grain: Int {
     let length = cleaning.grain
@@ -189,11 +212,16 @@ struct UpscalingOperation: TileOperation {
     return length.isMultiple(of: codingGrain) ? length : min(length * codingGrain, elementCount)
   }
 
-  /// Coded vectors are written in order, by one worker: the whole tensor is a step.
+  /// Where the corrections come out.
+  private var firstCorrection: Int { 1 + experts * (writesTaskVectors ? 2 : 1) }
+
+  /// Coded vectors and corrections are written in order, by one worker: the whole tensor is a step.
   func steps(
     _ inputs: [Step<Self>.Place], outputs: [Step<Self>.Place]
   ) -> [Step<Self>] {
-    guard isCoded else { return Step.covering(inputs, outputs: outputs, with: self) }
+    guard isCoded || !corrected.isEmpty else {
+      return Step.covering(inputs, outputs: outputs, with: self)
+    }
     return [Step(whole: inputs, outputs: outputs, with: self)]
   }
 
@@ -202,6 +230,9 @@ struct UpscalingOperation: TileOperation {
   func apply(_ input: inout Tile, into output: inout Tile, summary: inout TensorFindings) {
     if isModule {
       for row in 1...experts { output.copyRow(row, from: input, row) }
+      for (index, expert) in corrected.enumerated() {
+        output.copyRow(firstCorrection + index, from: input, expert + 1)
+      }
     }
     for row in 1...experts { input.subtract(row: 0, from: row) }
     // Row 0 of the output holds the redundant vector until the result takes its place.
@@ -223,6 +254,9 @@ struct UpscalingOperation: TileOperation {
           var vector = output.mutableRow(expert + 1)
           prune(&vector, above: threshold)
         }
+      }
+      for (index, expert) in corrected.enumerated() {
+        output.keepCorrections(firstCorrection + index, base: 0, vector: expert + 1, storedType)
       }
     } else {
       // The reference's order: the sum of the task vectors, times λ, plus the base.
