@@ -27,6 +27,11 @@ public protocol TensorSource: Sendable {
   /// The checksum that was recorded when the tensor was written, if one was.
   func recordedChecksum(of tensor: TensorInfo) -> TensorChecksum?
 
+  /// Compares what was recorded otherwise, such as the checksums of a zip file's entries, of
+  /// tensors that have just been read.
+  /// - Throws: which tensor is damaged.
+  func refuseDamage(of tensors: [TensorInfo], workers: Int) throws
+
   /// Reads every tensor and compares it with what was recorded of it on writing.
   /// - Throws: what cannot be read.
   func verifyData(workers: Int) throws -> Verification
@@ -40,6 +45,8 @@ extension TensorSource {
   public func checkUnchanged() throws(CheckpointError) {}
 
   public func recordedChecksum(of tensor: TensorInfo) -> TensorChecksum? { nil }
+
+  public func refuseDamage(of tensors: [TensorInfo], workers: Int) throws {}
 
   /// The tensor of this name, or an error that says it is missing.
   public func tensor(_ name: String) throws(CheckpointError) -> TensorInfo {

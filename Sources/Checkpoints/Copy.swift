@@ -26,20 +26,33 @@ extension TensorSource {
       try sink.write(piece.bytes, of: tensor, at: range.lowerBound)
       forget(range, of: originals[position])
     }
-    try checkUnchanged()
     try comparison.refuseDamage(in: path)
+    try refuseDamage(of: comparison.unrecorded, workers: workers)
+    try checkUnchanged()
   }
 }
 
 extension ChecksumComparison {
   /// - Throws: if a tensor does not have its checksum.
   func refuseDamage(in path: String) throws(CheckpointError) {
-    guard let damaged = damaged.first else { return }
+    try damaged.first?.refuse(
+      in: path,
+      ", or if it was changed on purpose, save it without \"checksums\" in its metadata")
+  }
+}
+
+extension Verification {
+  /// - Throws: if a tensor is not what was written.
+  func refuseDamage(in path: String) throws(CheckpointError) {
+    try damaged.first?.refuse(in: path)
+  }
+}
+
+extension TensorInfo {
+  fileprivate func refuse(in path: String, _ otherRemedy: String = "") throws(CheckpointError) {
     throw CheckpointError(
-      file: path, tensor: damaged.name, "is not what was written: its checksum differs",
-      remedy:
-        "get it again ('smelt verify --data' lists what is damaged), or if it was changed on purpose, save it without \"checksums\" in its metadata"
-    )
+      file: path, tensor: name, "is not what was written: its checksum differs",
+      remedy: "get it again ('smelt verify --data' lists what is damaged)" + otherRemedy)
   }
 }
 

@@ -83,8 +83,9 @@ struct TensorView: TensorSource {
         try sink.write(result.span.bytes, of: tensors[position], at: first * width.cast)
       }
     }
-    try checkUnchanged()
     try comparison.refuseDamage(in: path)
+    try source.refuseDamage(of: comparison.unrecorded, workers: workers)
+    try checkUnchanged()
   }
 
   /// The elements as the other type, checked for overflow.
@@ -127,12 +128,17 @@ struct TensorView: TensorSource {
         throw CheckpointError(
           file: path, tensor: original.name,
           "has the value \(value) at its element \(first + index), too large for \(tensor.dtype.rawValue)",
-          remedy: "choose a type of more exponent bits, or allow infinities")
+          remedy: "choose a type of more exponent bits, or allow infinities (--allow-overflow)")
       }
     }
   }
 
   func checkUnchanged() throws(CheckpointError) { try source.checkUnchanged() }
+
+  func refuseDamage(of tensors: [TensorInfo], workers: Int) throws {
+    try source.refuseDamage(
+      of: tensors.map { originals[manifest.position(of: $0.name)!] }, workers: workers)
+  }
 
   func recordedChecksum(of tensor: TensorInfo) -> TensorChecksum? {
     let original = originals[manifest.position(of: tensor.name)!]

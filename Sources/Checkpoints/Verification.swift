@@ -47,6 +47,11 @@ extension TensorSource {
   }
 }
 
+extension TensorSource {
+  /// The tensors without a recorded checksum of their own.
+  var unrecorded: [TensorInfo] { manifest.tensors.filter { recordedChecksum(of: $0) == nil } }
+}
+
 /// Compares tensors with their recorded checksums while they pass by in whole blocks.
 struct ChecksumComparison: Sendable {
   private let tensors: [TensorInfo]

@@ -49,15 +49,19 @@ struct Merge: ParsableCommand {
   @Option(help: "Where random choices come from: smelt, or mergekit for its own masks.")
   var rng = RandomSource.smelt
 
-  @Option(help: "Bytes of tensors in one file of a folder.")
-  var shardSize = ByteSize(bytes: ModelFolder.defaultShardSize)
+  @Option(
+    name: [.long, .customLong("shard-size")],
+    help: "The most bytes of tensors that one file of an output folder has.")
+  var maxShardSize = ByteSize(bytes: ModelFolder.defaultShardSize)
 
   @OptionGroup var resources: Resources
 
   enum RandomSource: String, ExpressibleByArgument, CaseIterable { case smelt, mergekit }
 
   func validate() throws {
-    guard shardSize.bytes > 0 else { throw ValidationError("--shard-size must be positive.") }
+    guard maxShardSize.bytes > 0 else {
+      throw ValidationError("--max-shard-size must be at least 1.")
+    }
   }
 
   func run() throws {
@@ -101,7 +105,7 @@ struct Merge: ParsableCommand {
   /// All that the result's bytes depend on.
   private func identity(_ recipeText: String, _ recipe: Recipe) throws -> String {
     var parts = [
-      recipeText, "\(seed)", rng.rawValue, "\(shardSize.bytes)", Smelt.configuration.version,
+      recipeText, "\(seed)", rng.rawValue, "\(maxShardSize.bytes)", Smelt.configuration.version,
     ]
     for model in recipe.models + recipe.tokenizerPaths { parts += [model] + fileStates(model) }
     let bytes = Array(parts.joined(separator: "\0").utf8)
@@ -236,7 +240,7 @@ struct Merge: ParsableCommand {
       return try Checkpoint.create(output, Manifest(plan.manifest.tensors, metadata: metadata))
     }
     return try ModelFolder.create(
-      output, plan.manifest, shardSize: shardSize.bytes, sideFilesOf: files.original,
+      output, plan.manifest, shardSize: maxShardSize.bytes, sideFilesOf: files.original,
       files: files.contents, replacing: force)
   }
 }

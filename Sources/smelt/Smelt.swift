@@ -46,10 +46,13 @@ struct Smelt: ParsableCommand {
     }
   }
 
-  /// INT and TERM remove what is being written before the process ends by that signal.
+  /// INT, TERM and HUP (a terminal that is closed) remove what is being written before the process ends by that signal.
   private static func cleanUpOnSignals() {
-    for number in [SIGINT, SIGTERM] {
-      signal(number, SIG_IGN)
+    for number in [SIGINT, SIGTERM, SIGHUP] {
+      let before = signal(number, SIG_IGN)
+      // nohup means that the command should go on.
+      let ignoring = unsafeBitCast(SIG_IGN, to: Int.self)
+      if number == SIGHUP, unsafeBitCast(before, to: Int.self) == ignoring { continue }
       let source = DispatchSource.makeSignalSource(signal: number, queue: .global())
       source.setEventHandler {
         Checkpoint.abandonUnfinishedOutputs()

@@ -264,6 +264,21 @@ import Testing
     try bad.write(to: URL(filePath: file))
     let verification = try #require(try Checkpoint.verify(file, data: true))
     #expect(verification.damaged.map { $0.name } == ["large"])
+    for output in ["copy.safetensors", "copy.h5", "copy.safetensors.zst", "copy/"] {
+      let error = try #require(throws: CheckpointError.self) {
+        try Checkpoint.write(Checkpoint.open(file), to: folder(output))
+      }
+      #expect(error.tensor == "large")
+      #expect(error.problem == "is not what was written: its checksum differs")
+    }
+    let cast = try Checkpoint.open(file).casting(to: .f64)
+    #expect(throws: CheckpointError.self) {
+      try Checkpoint.write(cast, to: folder("copy.safetensors"))
+    }
+    // The others can still be saved.
+    let others = try Checkpoint.open(file).selecting { $0.name != "large" }
+    try Checkpoint.write(others, to: folder("others.safetensors"))
+    #expect(try folder.names == ["model.npz", "others.safetensors"])
   }
 
   @Test func `every flipped byte of a PyTorch file's elements and pickle shows`() throws {
@@ -284,8 +299,13 @@ import Testing
         let verification = try? Checkpoint.verify(folder("bad.bin"), data: true)
         #expect(verification?.isSound != true, "\(entry.name) at byte \(offset)")
         if entry.name.contains("/data/") { #expect(verification?.damaged.count == 1) }
+        #expect(throws: CheckpointError.self) {
+          try Checkpoint.write(
+            Checkpoint.open(folder("bad.bin")), to: folder("copy.safetensors"))
+        }
       }
     }
+    #expect(try folder.names == ["bad.bin", "model.bin"])
   }
 
   @Test(arguments: ["model.safetensors", "model.h5", "model.npz"])

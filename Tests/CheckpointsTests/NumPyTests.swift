@@ -117,6 +117,17 @@ import Testing
       try [UInt8](Data(contentsOf: URL(filePath: folder("b.safetensors")))) == original)
   }
 
+  @Test(arguments: [false, true])
+  func `an archive without arrays is one`(isCompressed: Bool) throws {
+    let folder = try TemporaryFolder()
+    try NumPy.create(folder("x.npz"), Manifest([]), isCompressed: isCompressed).finish()
+    #expect(try Checkpoint.open(folder("x.npz")).manifest.tensors.isEmpty)
+    // As numpy.savez("x.npz") writes it.
+    let end: [UInt8] = [0x50, 0x4B, 5, 6] + [UInt8](repeating: 0, count: 18)
+    try Data(end).write(to: URL(filePath: folder("y.npz")))
+    #expect(try Checkpoint.open(folder("y.npz")).manifest.tensors.isEmpty)
+  }
+
   @Test func `metadata without a header is kept too`() throws {
     let folder = try TemporaryFolder()
     let tensor = try TensorInfo(name: "t", dtype: .u8, shape: [1])

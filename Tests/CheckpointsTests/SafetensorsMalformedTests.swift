@@ -180,7 +180,7 @@ private func u8(_ name: String, _ begin: Int, _ end: Int, count: Int? = nil) -> 
       "FILE: the header has \"}\" at its byte 53 where a string was expected as the header"),
     .init(
       "a trailing comma in a list", "{\"a\":" + entry(#""U8""#, "[2,]") + "}", body: 2,
-      "FILE: the header has \"]\" at its byte 30 where a whole number was expected in its shape"
+      "FILE: tensor \"a\": the header has \"]\" at its byte 30 where a whole number was expected in its shape"
     ),
     .init(
       "a comment", "{/**/}",
@@ -190,15 +190,15 @@ private func u8(_ name: String, _ begin: Int, _ end: Int, count: Int? = nil) -> 
       "FILE: the header has a raw control character in a string at its byte 3"),
     .init(
       "NaN as an extra field", "{\"a\":{\"x\":NaN}}",
-      "FILE: the header has \"N\" at its byte 10 where a value was expected in a tensor's entry"
+      "FILE: tensor \"a\": the header has \"N\" at its byte 10 where a value was expected in its entry"
     ),
     .init(
       "a malformed number in an extra field", "{\"a\":{\"x\":01}}",
-      "FILE: the header has a malformed number in a tensor's entry"),
+      "FILE: tensor \"a\": the header has a malformed number in its entry"),
     .init(
       "100,000 levels of nesting",
       "{\"a\":{\"x\":" + String(repeating: "[", count: 100_000),
-      "FILE: the header is nested more than 127 levels deep"),
+      "FILE: tensor \"a\": the header is nested more than 127 levels deep"),
   ]
 
   static let entries: [MalformedFile] = [
@@ -275,11 +275,11 @@ private func u8(_ name: String, _ begin: Int, _ end: Int, count: Int? = nil) -> 
     [
       .init(
         "a string as a dimension", "{\"a\":" + entry(#""U8""#, #"["2"]"#) + "}", body: 2,
-        "FILE: the header has \"\"\" at its byte 28 where a whole number was expected in its shape"
+        "FILE: tensor \"a\": the header has \"\"\" at its byte 28 where a whole number was expected in its shape"
       ),
       .init(
         "a boolean as a dimension", "{\"a\":" + entry(#""U8""#, "[true]") + "}", body: 2,
-        "FILE: the header has \"t\" at its byte 28 where a whole number was expected in its shape"
+        "FILE: tensor \"a\": the header has \"t\" at its byte 28 where a whole number was expected in its shape"
       ),
       .init(
         "a dimension beyond 64 bits", "{\"a\":" + entry(#""U8""#, "[18446744073709551616]") + "}",

@@ -291,6 +291,11 @@ class Foreign(Folder):
 
         self.refused(part, 'tensor "x": has a shape of 34359738368 bytes of which some were never written')
 
+        def little(file):
+            file.create_dataset("x", (1 << 26,), "f4", chunks=(1 << 20,), compression="gzip")[0] = 1
+
+        self.refused(little, 'tensor "x": has a shape of 268435456 bytes of which some were never written')
+
     def read_back(self, path):
         self.convert(path, self.folder / "back.npz")
         return np.load(self.folder / "back.npz")

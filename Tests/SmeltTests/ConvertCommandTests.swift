@@ -33,7 +33,7 @@ struct ConvertCommandTests {
     #expect(refused.code == 1)
     #expect(
       refused.errors
-        == "Error: \(folder("in.safetensors")): tensor \"model.a.weight\": has the value 70000.0 at its element 2, too large for F16; choose a type of more exponent bits, or allow infinities\n"
+        == "Error: \(folder("in.safetensors")): tensor \"model.a.weight\": has the value 70000.0 at its element 2, too large for F16; choose a type of more exponent bits, or allow infinities (--allow-overflow)\n"
     )
     #expect(try folder.names == ["in.safetensors"])
     #expect(try smelt(arguments + ["--allow-overflow"]).code == 0)

@@ -38,6 +38,9 @@ extension Bundle {
     let packing = try Packing(
       models, against: base, path, lossy: lossy, workers: workers, memory: memory)
     let affordable = max(1, min(workers, memory / packing.memoryPerWorker))
+    for (_, source) in models {
+      try source.refuseDamage(of: source.unrecorded, workers: workers)
+    }
     try packing.write(
       workers: affordable, waiting: max(0, memory - affordable * packing.memoryPerWorker))
   }

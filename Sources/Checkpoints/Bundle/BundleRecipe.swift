@@ -110,7 +110,7 @@ extension Bundle.Recipe {
     var models: [Model]?
     try scanner.object("as the recipe") { (scanner, key) throws(CheckpointError) in
       switch key {
-      case "version": version = try scanner.natural("as its version", tensor: "")
+      case "version": version = try scanner.natural("as its version")
       case "models" where models == nil:
         var list: [Model] = []
         try scanner.array("as its models") { (scanner) throws(CheckpointError) in
@@ -172,10 +172,11 @@ extension Bundle.Recipe.Entry {
     var rotation: Int?
     var group: Int?
     var seen = Set<String>()
+    defer { scanner.tensor = nil }
     try scanner.object("as a tensor") { (scanner, key) throws(CheckpointError) in
-      let name = texts["name"] ?? ""
+      scanner.tensor = texts["name"]
       guard seen.insert(key).inserted else {
-        throw scanner.failure("has the field \(quoted(key)) twice", tensor: name)
+        throw scanner.failure("has the field \(quoted(key)) twice")
       }
       switch key {
       case "name", "dtype", "codec", "xxh3", "reference", "base", "base_xxh3", "error":
@@ -183,34 +184,35 @@ extension Bundle.Recipe.Entry {
       case "shape":
         var list: [Int] = []
         try scanner.array("as a shape") { (scanner) throws(CheckpointError) in
-          list.append(try scanner.natural("in its shape", tensor: name))
+          list.append(try scanner.natural("in its shape"))
         }
         shape = list
-      case "rotation": rotation = try scanner.natural("as its rotation", tensor: name)
-      case "group": group = try scanner.natural("as its group", tensor: name)
+      case "rotation": rotation = try scanner.natural("as its rotation")
+      case "group": group = try scanner.natural("as its group")
       case "parts":
         try scanner.array("as parts") { (scanner) throws(CheckpointError) in
           parts.append(try scanner.string("as a part"))
         }
-      default: throw scanner.failure("has the unknown field \(quoted(key))", tensor: name)
+      default: throw scanner.failure("has the unknown field \(quoted(key))")
       }
     }
     guard let name = texts["name"] else { throw scanner.failure("a tensor has no name") }
+    scanner.tensor = name
     guard let dtype = texts["dtype"].flatMap(DType.init), let shape,
       let codec = texts["codec"].flatMap(Codec.init),
       let checksum = texts["xxh3"].flatMap(number(hexadecimal:))
     else {
       throw scanner.failure(
-        "its dtype, shape, codec or xxh3 is missing or unknown", tensor: name)
+        "its dtype, shape, codec or xxh3 is missing or unknown")
     }
     guard let tensor = try? TensorInfo(name: name, dtype: dtype, shape: shape) else {
-      throw scanner.failure("its shape is too large or not of whole bytes", tensor: name)
+      throw scanner.failure("its shape is too large or not of whole bytes")
     }
     guard texts["error"].map({ Double($0)?.isFinite == true }) ?? true else {
-      throw scanner.failure("its error is not a number", tensor: name)
+      throw scanner.failure("its error is not a number")
     }
     guard texts["error"] == nil || codec.isLossy else {
-      throw scanner.failure("has an error though its codec has none", tensor: name)
+      throw scanner.failure("has an error though its codec has none")
     }
     self.init(
       tensor: tensor, codec: codec, checksum: checksum, parts: parts, rotation: rotation,
@@ -219,7 +221,7 @@ extension Bundle.Recipe.Entry {
     case (nil, nil, nil): reference = nil
     case (let name?, nil, nil): reference = .inside(name)
     case (nil, let name?, let checksum??): reference = .base(name, checksum: checksum)
-    default: throw scanner.failure("its reference is incomplete or there twice", tensor: name)
+    default: throw scanner.failure("its reference is incomplete or there twice")
     }
   }
 }

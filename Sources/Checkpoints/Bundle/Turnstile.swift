@@ -1,27 +1,11 @@
-import Glibc
-
 /// Lets numbered steps pass one at a time and in order, whatever thread each runs on.
 ///
 /// Workers take steps in order, so the one that is waited for is always being worked on.
 final class Turnstile: @unchecked Sendable {
-  // Sound: `next` and `isClosed` are touched only with the lock held; the lock lives at a
-  // fixed address, which pthread demands.
-  private let lock = UnsafeMutablePointer<pthread_mutex_t>.allocate(capacity: 1)
-  private let moved = UnsafeMutablePointer<pthread_cond_t>.allocate(capacity: 1)
+  // Sound: `next` and `isClosed` are touched only with the lock held.
+  private let monitor = Monitor()
   private var next = 0
   private var isClosed = false
-
-  init() {
-    pthread_mutex_init(lock, nil)
-    pthread_cond_init(moved, nil)
-  }
-
-  deinit {
-    pthread_cond_destroy(moved)
-    pthread_mutex_destroy(lock)
-    moved.deallocate()
-    lock.deallocate()
-  }
 
   /// Waits until all steps before `step` have passed, then runs `body` and lets the next one in.
   ///
@@ -30,12 +14,12 @@ final class Turnstile: @unchecked Sendable {
   func pass<Result, Failure: Error>(
     _ step: Int, _ body: () throws(Failure) -> Result
   ) throws(Failure) -> Result? {
-    pthread_mutex_lock(lock)
+    monitor.lock()
     defer {
-      pthread_cond_broadcast(moved)
-      pthread_mutex_unlock(lock)
+      monitor.changed()
+      monitor.unlock()
     }
-    while next != step && !isClosed { pthread_cond_wait(moved, lock) }
+    while next != step && !isClosed { monitor.wait() }
     if isClosed { return nil }
     isClosed = true  // Stays so if the body throws.
     let result = try body()
@@ -46,9 +30,9 @@ final class Turnstile: @unchecked Sendable {
 
   /// Sends everyone away who waits or comes later; for a worker whose step failed.
   func close() {
-    pthread_mutex_lock(lock)
+    monitor.lock()
     isClosed = true
-    pthread_cond_broadcast(moved)
-    pthread_mutex_unlock(lock)
+    monitor.changed()
+    monitor.unlock()
   }
 }

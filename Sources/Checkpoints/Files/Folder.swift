@@ -1,23 +1,20 @@
-import CLinux
-import Dispatch
 import Glibc
-import Synchronization
 
 /// A folder that does not exist under its own name until all its files are complete.
 ///
 /// It is filled beside its destination under a temporary name; `commit()` moves it into place.
 /// Dropped before, it is removed with all that is in it.
 final class PendingFolder: Sendable {
-  let destination: String
-  let temporaryPath: String
+  private let name: PendingName
   private let isReplacing: Bool
-  private let committed = Atomic<Bool>(false)
+  var destination: String { name.destination }
+  var temporaryPath: String { name.temporaryPath }
 
   /// - Parameter isReplacing: whether a folder that is there may go, with all its files.
   init(for path: String, replacing isReplacing: Bool) throws(CheckpointError) {
     var destination = path
     while destination.count > 1, destination.hasSuffix("/") { destination.removeLast() }
-    let (folder, name) = split(destination)
+    let name = split(destination).name
     guard !name.isEmpty, name != ".", name != ".." else {
       throw CheckpointError(file: path, "does not name a folder that can be made")
     }
@@ -36,44 +33,34 @@ final class PendingFolder: Sendable {
           file: path, "is a folder with files in it", remedy: "write to a new folder")
       }
     }
-    self.destination = destination
     self.isReplacing = isReplacing
-    temporaryPath = PendingFile.temporaryPath(folder: folder, name: name)
-    guard !Unfinished.contains(temporaryPath) else {
-      throw CheckpointError(
-        file: path, "is being written already", remedy: "give each output its own name")
+    self.name = try PendingName(for: destination) { (temporaryPath) throws(CheckpointError) in
+      guard mkdir(temporaryPath, 0o755) == 0 else { throw .system(path, "cannot be created") }
     }
-    removeFolder(temporaryPath)
-    Unfinished.creation.wait()
-    defer { Unfinished.creation.signal() }
-    guard mkdir(temporaryPath, 0o755) == 0 else { throw .system(path, "cannot be created") }
-    Unfinished.add(temporaryPath)
   }
 
   func commit() throws(CheckpointError) {
     do { try syncFolder(temporaryPath) } catch { throw error.moved(to: destination) }
-    var status = stat()
-    if isReplacing, stat(destination, &status) == 0 {
-      // The old and the new folder change names at once; then the old one goes.
-      let swapped = renameat2(
-        AT_FDCWD, temporaryPath, AT_FDCWD, destination, smelt_rename_exchange)
-      guard swapped == 0 else { throw .system(destination, "cannot be replaced") }
-      removeFolder(temporaryPath)
-    } else {
-      guard rename(temporaryPath, destination) == 0 else {
-        throw .system(destination, "cannot be put in place")
-      }
-    }
-    committed.store(true, ordering: .relaxed)
-    Unfinished.remove(temporaryPath)
-    try syncFolder(split(destination).folder)
+    try name.putInPlace(replacingFolder: isReplacing && isFolder(destination))
   }
+}
 
-  deinit {
-    guard !committed.load(ordering: .relaxed) else { return }
-    removeFolder(temporaryPath)
-    Unfinished.remove(temporaryPath)
+/// Flushes what a folder says of its files to the disk.
+func syncFolder(_ folder: String) throws(CheckpointError) {
+  let descriptor = open(folder, O_RDONLY | O_DIRECTORY | O_CLOEXEC)
+  guard descriptor >= 0 else { throw .system(folder, "cannot be opened") }
+  defer { close(descriptor) }
+  // Some file systems have no way to flush a folder and say so with EINVAL.
+  guard fsync(descriptor) == 0 || errno == EINVAL else {
+    throw .system(folder, "cannot be flushed to disk")
   }
+}
+
+/// The folder and the name in it of a path.
+func split(_ path: String) -> (folder: String, name: String) {
+  guard let slash = path.lastIndex(of: "/") else { return (".", path) }
+  let folder = path[..<slash]
+  return (folder.isEmpty ? "/" : String(folder), String(path[path.index(after: slash)...]))
 }
 
 /// The names in a folder, sorted, without `.` and `..`.

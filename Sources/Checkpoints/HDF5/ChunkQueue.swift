@@ -1,15 +1,11 @@
-import Glibc
-
 /// Stores chunks in the order of their numbers, whatever order they are done in: a file does not
 /// show how many threads filled it.
 ///
 /// A chunk whose turn has not come waits in memory. When many wait for one that nobody is working
 /// on, further ones wait in a temporary file.
 final class ChunkQueue: @unchecked Sendable {
-  // Sound: what varies is touched only with the lock held; the lock lives at a fixed address,
-  // which pthread demands.
-  private let lock = UnsafeMutablePointer<pthread_mutex_t>.allocate(capacity: 1)
-  private let moved = UnsafeMutablePointer<pthread_cond_t>.allocate(capacity: 1)
+  // Sound: what varies is touched only with the lock held.
+  private let monitor = Monitor()
   private let store: Store
   private let path: String
   private let capacity: Int
@@ -40,21 +36,12 @@ final class ChunkQueue: @unchecked Sendable {
     self.path = path
     self.capacity = capacity
     self.store = store
-    pthread_mutex_init(lock, nil)
-    pthread_cond_init(moved, nil)
-  }
-
-  deinit {
-    pthread_cond_destroy(moved)
-    pthread_mutex_destroy(lock)
-    moved.deallocate()
-    lock.deallocate()
   }
 
   /// Memory for a chunk, used before if possible.
   func memory(_ byteCount: Int) -> PinnedBytes {
-    pthread_mutex_lock(lock)
-    defer { pthread_mutex_unlock(lock) }
+    monitor.lock()
+    defer { monitor.unlock() }
     guard let last = idle.popLast(), last.bytes.count >= byteCount else {
       return PinnedBytes(count: byteCount)
     }
@@ -63,18 +50,18 @@ final class ChunkQueue: @unchecked Sendable {
 
   /// Takes memory back.
   func giveBack(_ memory: PinnedBytes) {
-    pthread_mutex_lock(lock)
-    defer { pthread_mutex_unlock(lock) }
+    monitor.lock()
+    defer { monitor.unlock() }
     keep(memory)
   }
 
   /// Stores the chunk and those that waited for it, or lets it wait.
   /// - Throws: also what an earlier chunk could not be stored for.
   func put(_ number: Int, _ chunk: PackedChunk) throws(CheckpointError) {
-    pthread_mutex_lock(lock)
-    defer { pthread_mutex_unlock(lock) }
+    monitor.lock()
+    defer { monitor.unlock() }
     // Whoever is storing makes room.
-    while isStoring, inMemory.count >= capacity, failure == nil { pthread_cond_wait(moved, lock) }
+    while isStoring, inMemory.count >= capacity, failure == nil { monitor.wait() }
     if let failure { throw failure }
     guard number == next, !isStoring else {
       if inMemory.count < capacity { inMemory[number] = chunk } else { try spill(chunk, number) }
@@ -83,7 +70,7 @@ final class ChunkQueue: @unchecked Sendable {
     isStoring = true
     defer {
       isStoring = false
-      pthread_cond_broadcast(moved)
+      monitor.changed()
     }
     do throws(CheckpointError) {
       var chunk: PackedChunk? = chunk
@@ -92,7 +79,7 @@ final class ChunkQueue: @unchecked Sendable {
         try unlocked { () throws(CheckpointError) in try store(next - 1, current) }
         keep(current.memory)
         chunk = try waiting(next)
-        pthread_cond_broadcast(moved)
+        monitor.changed()
       }
     } catch {
       failure = error
@@ -101,8 +88,8 @@ final class ChunkQueue: @unchecked Sendable {
   }
 
   private func unlocked(_ body: () throws(CheckpointError) -> Void) throws(CheckpointError) {
-    pthread_mutex_unlock(lock)
-    defer { pthread_mutex_lock(lock) }
+    monitor.unlock()
+    defer { monitor.lock() }
     try body()
   }
 

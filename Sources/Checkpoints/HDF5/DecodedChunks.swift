@@ -66,16 +66,28 @@ struct DecodedChunks: ~Copyable {
     throws(CheckpointError)
   {
     guard kept[key] == nil else { return }
+    guard content.count <= capacity else {
+      let start = try write(RawSpan(_unsafeBytes: content), key)
+      kept[key] = Kept(content: nil, start: start, missing: missing)
+      return
+    }
     while byteCount + content.count > capacity, !order.isEmpty { try moveOut(order.removeFirst()) }
     kept[key] = Kept(content: Array(content), missing: missing)
     order.append(key)
     byteCount += content.count
-    if byteCount > capacity { try moveOut(order.removeFirst()) }
   }
 
   private mutating func moveOut(_ key: Key) throws(CheckpointError) {
     guard let content = kept[key]?.content else { return }  // It has been read meanwhile.
     byteCount -= content.count
+    let start = try write(content.span.bytes, key)
+    kept[key]!.content = nil
+    kept[key]!.start = start
+  }
+
+  /// Writes a chunk to the temporary file.
+  /// - Returns: where it begins there.
+  private mutating func write(_ content: RawSpan, _ key: Key) throws(CheckpointError) -> Int {
     // One tensor's at a time: those of others have been read, or are decoded again.
     if overflowTensor != key.tensor {
       kept = kept.filter { $0.value.content != nil }
@@ -84,10 +96,9 @@ struct DecodedChunks: ~Copyable {
     }
     let overflow = if let overflow { overflow } else { try Overflow() }
     self.overflow = overflow
-    try overflow.file.write(content.span.bytes, at: overflowEnd)
-    kept[key]!.content = nil
-    kept[key]!.start = overflowEnd
-    overflowEnd += content.count
+    try overflow.file.write(content, at: overflowEnd)
+    defer { overflowEnd += content.byteCount }
+    return overflowEnd
   }
 
   private mutating func drop(_ key: Key) {

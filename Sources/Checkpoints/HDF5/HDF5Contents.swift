@@ -28,8 +28,9 @@ extension HDF5 {
 
   /// Chunks of others may be large, but a worker must hold one.
   static let largestChunk = 1 << 30
-  /// What was never written costs its maker nothing; more of it than this is no mistake.
-  static let largestUnwritten = 4 << 30
+  /// What was never written costs its maker nothing: of a tensor with more bytes than this, and
+  /// more than deflate could make of what was written, all must have been.
+  static let largestUnwritten = 64 << 20
 }
 
 extension HDF5.Contents {
@@ -152,7 +153,7 @@ extension HDF5.Inventory.Dataset {
     }
     switch storage {
     case .nothing:
-      try proveUnwritten(tensor.byteCount)
+      try proveUnwritten(tensor.byteCount, stored: 0)
       return .fill(try provenFill)
     case .contiguous(let offset):
       try prove("", at: offset, tensor.byteCount)
@@ -168,7 +169,7 @@ extension HDF5.Inventory.Dataset {
       guard let grid, grid.chunkByteCount <= HDF5.largestChunk else {
         throw HDF5Failure("has chunks of more than \(HDF5.largestChunk) bytes")
       }
-      if chunks.count < grid.count { try proveUnwritten(tensor.byteCount) }
+      var stored = 0
       for (index, chunk) in chunks.enumerated() {
         guard (0..<grid.count).contains(chunk.number) else {
           throw HDF5Failure("has a chunk outside its shape")
@@ -177,13 +178,16 @@ extension HDF5.Inventory.Dataset {
           throw HDF5Failure("has a chunk twice")
         }
         try prove("a chunk of ", at: chunk.offset, chunk.byteCount)
+        let sum = stored.addingReportingOverflow(chunk.byteCount)
+        stored = sum.overflow ? .max : sum.partialValue
       }
+      if chunks.count < grid.count { try proveUnwritten(tensor.byteCount, stored: stored) }
       return .chunks(grid, filters, chunks, fill: try provenFill)
     }
   }
 
-  private func proveUnwritten(_ byteCount: Int) throws(HDF5Failure) {
-    guard byteCount <= HDF5.largestUnwritten else {
+  private func proveUnwritten(_ byteCount: Int, stored: Int) throws(HDF5Failure) {
+    guard byteCount <= HDF5.largestUnwritten || byteCount / 1032 <= stored else {
       throw HDF5Failure("has a shape of \(byteCount) bytes of which some were never written")
     }
   }

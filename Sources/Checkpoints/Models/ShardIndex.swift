@@ -42,19 +42,20 @@ struct ShardIndex {
   private mutating func parseWeightMap(_ scanner: inout JSONScanner) throws(CheckpointError) {
     var names = Set<ExactName>()
     try scanner.object("as weight_map") { (scanner, tensor) throws(CheckpointError) in
+      scanner.tensor = tensor
+      defer { scanner.tensor = nil }
       guard names.insert(ExactName(tensor)).inserted else {
-        throw scanner.failure("the index names it twice", tensor: tensor)
+        throw scanner.failure("the index names it twice")
       }
       guard scanner.peek() == UInt8(ascii: "\"") else {
-        throw scanner.failure("has a file in the index that is not a string", tensor: tensor)
+        throw scanner.failure("has a file in the index that is not a string")
       }
       let file = try scanner.string("as a file name")
       guard !file.isEmpty, file != ".", file != "..", !file.contains("/"),
         !file.unicodeScalars.contains("\0")
       else {
         throw scanner.failure(
-          "is said to be in \(quoted(file)), which is not the name of a file in the same folder",
-          tensor: tensor)
+          "is said to be in \(quoted(file)), which is not the name of a file in the same folder")
       }
       tensors[file, default: []].append(tensor)
     }

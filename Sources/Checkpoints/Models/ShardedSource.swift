@@ -109,6 +109,13 @@ final class ShardedSource: TensorSource {
       unrecorded: tensors(unrecorded))
   }
 
+  func refuseDamage(of tensors: [TensorInfo], workers: Int) throws {
+    let homes = Dictionary(grouping: tensors) { places[manifest.position(of: $0.name)!] }
+    for (place, tensors) in homes.sorted(by: { $0.key < $1.key }) {
+      try shards[place].refuseDamage(of: tensors, workers: workers)
+    }
+  }
+
   func checkUnchanged() throws(CheckpointError) {
     for shard in shards { try shard.checkUnchanged() }
   }

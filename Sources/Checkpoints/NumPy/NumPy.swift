@@ -203,6 +203,14 @@ private final class NumPySource: TensorSource {
     try archive.verify(manifest.tensors, workers: workers) { [places] in places[$0].entry }
   }
 
+  func refuseDamage(of tensors: [TensorInfo], workers: Int) throws {
+    // What is compressed has been compared when it was unpacked.
+    let entries = tensors.map { ($0, places[manifest.position(of: $0.name)!].entry) }
+      .filter { !$0.1.isCompressed }
+    try archive.verify(entries.map { $0.0 }, workers: workers) { entries[$0].1 }
+      .refuseDamage(in: path)
+  }
+
   func checkUnchanged() throws(CheckpointError) { try archive.file.checkUnchanged() }
 
   func read(_ tensor: TensorInfo, at offset: Int, into buffer: inout MutableRawSpan)

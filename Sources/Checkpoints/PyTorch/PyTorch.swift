@@ -12,7 +12,8 @@ public enum PyTorch: CheckpointFormat {
   private static let largestPickle = 64 << 20
 
   public static func recognises(_ beginning: [UInt8]) -> Bool {
-    beginning.starts(with: [0x50, 0x4B, 0x03, 0x04])
+    // An entry, or the end of an archive without entries, which may be 64-bit.
+    [[3, 4], [5, 6], [6, 6]].contains { beginning.starts(with: [0x50, 0x4B] + $0) }
   }
 
   /// Opens a zip file; numpy's begin alike, and what is in them tells them apart.
@@ -152,11 +153,21 @@ private final class PyTorchSource: TensorSource {
   }
 
   func verifyData(workers: Int) throws -> Verification {
-    // Which tensors there are, and where, is as good as the pickle.
+    try refuseDamagedPickle()
+    return try archive.verify(manifest.tensors, workers: workers) { [views] in views[$0].entry }
+  }
+
+  /// Which tensors there are, and where, is as good as the pickle.
+  private func refuseDamagedPickle() throws(CheckpointError) {
     guard try archive.isSound(pickle) != false else {
       throw archive.damaged(pickle, "is not what its checksum was made of")
     }
-    return try archive.verify(manifest.tensors, workers: workers) { [views] in views[$0].entry }
+  }
+
+  func refuseDamage(of tensors: [TensorInfo], workers: Int) throws {
+    try refuseDamagedPickle()
+    let entries = tensors.map { views[manifest.position(of: $0.name)!].entry }
+    try archive.verify(tensors, workers: workers) { entries[$0] }.refuseDamage(in: path)
   }
 
   func checkUnchanged() throws(CheckpointError) { try file.checkUnchanged() }

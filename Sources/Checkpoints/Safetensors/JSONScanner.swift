@@ -8,6 +8,8 @@ struct JSONScanner {
   let file: String
   /// What the text is called in errors: "the header".
   private let subject: String
+  /// The tensor whose description is being read, for errors.
+  var tensor: String?
 
   /// Deeper nesting than any header has; serde_json's limit too.
   private static let deepest = 127
@@ -18,7 +20,7 @@ struct JSONScanner {
     self.subject = subject
   }
 
-  func failure(_ problem: String, tensor: String? = nil, remedy: String? = nil) -> CheckpointError {
+  func failure(_ problem: String, remedy: String? = nil) -> CheckpointError {
     CheckpointError(file: file, tensor: tensor, problem, remedy: remedy)
   }
 
@@ -145,7 +147,7 @@ struct JSONScanner {
   }
 
   /// An integer from 0 to 2⁶³ − 1, written with digits alone.
-  mutating func natural(_ context: String, tensor: String) throws(CheckpointError) -> Int {
+  mutating func natural(_ context: String) throws(CheckpointError) -> Int {
     guard let first = peek() else { throw unexpected("a whole number", context) }
     let start = position
     var value = 0
@@ -163,10 +165,10 @@ struct JSONScanner {
     let text = bytes[start..<position]
     guard isNatural, text.allSatisfy({ (0x30...0x39).contains($0) }) else {
       throw failure(
-        "has \(shown(text)) \(context); only whole numbers from 0 on are allowed", tensor: tensor)
+        "has \(shown(text)) \(context); only whole numbers from 0 on are allowed")
     }
     guard !overflows else {
-      throw failure("has \(shown(text)) \(context), which is too large", tensor: tensor)
+      throw failure("has \(shown(text)) \(context), which is too large")
     }
     return value
   }

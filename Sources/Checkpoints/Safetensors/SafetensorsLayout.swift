@@ -148,58 +148,60 @@ extension Safetensors.Layout {
     var dtype: DType?
     var shape: [Int]?
     var dataOffsets: [Int]?
+    scanner.tensor = name
+    defer { scanner.tensor = nil }
     guard scanner.peek() == UInt8(ascii: "{") else {
-      throw scanner.failure("is not described by a JSON object", tensor: name)
+      throw scanner.failure("is not described by a JSON object")
     }
-    try scanner.object("in a tensor's entry") { (scanner, field) throws(CheckpointError) in
+    try scanner.object("in its entry") { (scanner, field) throws(CheckpointError) in
       switch field {
       case "dtype":
-        guard dtype == nil else { throw scanner.failure("has two fields dtype", tensor: name) }
+        guard dtype == nil else { throw scanner.failure("has two fields dtype") }
         guard scanner.peek() == UInt8(ascii: "\"") else {
-          throw scanner.failure("has a dtype that is not a string", tensor: name)
+          throw scanner.failure("has a dtype that is not a string")
         }
         let text = try scanner.string("as a dtype")
         guard let known = DType(rawValue: text) else {
-          throw scanner.failure("has the unknown dtype \(quoted(text))", tensor: name)
+          throw scanner.failure("has the unknown dtype \(quoted(text))")
         }
         dtype = known
       case "shape":
-        guard shape == nil else { throw scanner.failure("has two fields shape", tensor: name) }
-        shape = try parseNaturals(&scanner, "in its shape", name)
+        guard shape == nil else { throw scanner.failure("has two fields shape") }
+        shape = try parseNaturals(&scanner, "in its shape")
       case "data_offsets":
         guard dataOffsets == nil else {
-          throw scanner.failure("has two fields data_offsets", tensor: name)
+          throw scanner.failure("has two fields data_offsets")
         }
-        dataOffsets = try parseNaturals(&scanner, "in its data_offsets", name)
-      default: try scanner.skipValue("in a tensor's entry")
+        dataOffsets = try parseNaturals(&scanner, "in its data_offsets")
+      default: try scanner.skipValue("in its entry")
       }
     }
-    guard let dtype else { throw scanner.failure("has no dtype", tensor: name) }
-    guard let shape else { throw scanner.failure("has no shape", tensor: name) }
-    guard let dataOffsets else { throw scanner.failure("has no data_offsets", tensor: name) }
+    guard let dtype else { throw scanner.failure("has no dtype") }
+    guard let shape else { throw scanner.failure("has no shape") }
+    guard let dataOffsets else { throw scanner.failure("has no data_offsets") }
     guard dataOffsets.count == 2 else {
-      throw scanner.failure("has \(dataOffsets.count) data_offsets instead of 2", tensor: name)
+      throw scanner.failure("has \(dataOffsets.count) data_offsets instead of 2")
     }
     do {
       let tensor = try TensorInfo(name: name, dtype: dtype, shape: entries.shared(shape))
       return Entry(tensor: tensor, begin: dataOffsets[0], end: dataOffsets[1])
     } catch .partialByte {
       throw scanner.failure(
-        "has \(dtype.bitWidth)-bit elements that do not fill whole bytes", tensor: name)
+        "has \(dtype.bitWidth)-bit elements that do not fill whole bytes")
     } catch {
-      throw scanner.failure("has a shape too large to count its bytes", tensor: name)
+      throw scanner.failure("has a shape too large to count its bytes")
     }
   }
 
   private static func parseNaturals(
-    _ scanner: inout JSONScanner, _ context: String, _ name: String
+    _ scanner: inout JSONScanner, _ context: String
   ) throws(CheckpointError) -> [Int] {
     var numbers: [Int] = []
     guard scanner.peek() == UInt8(ascii: "[") else {
-      throw scanner.failure("has no list of numbers \(context)", tensor: name)
+      throw scanner.failure("has no list of numbers \(context)")
     }
     try scanner.array(context) { (scanner) throws(CheckpointError) in
-      numbers.append(try scanner.natural(context, tensor: name))
+      numbers.append(try scanner.natural(context))
     }
     return numbers
   }
