@@ -36,6 +36,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 # The linear map that sees the module's input first and therefore asks the router, in every
 # architecture: of an MLP, and of an attention.
 FIRST_MAPS = {"fc1", "intermediate.dense", "gate_proj", "gate_up_proj", "wi", "wi_0", "c_fc"}
+FIRST_MAPS |= {"lin1", "dense_h_to_4h"}
 FIRST_MAPS |= {"q_proj", "self.query", "attention.query", "q_lin", "qkv", "q", "qkv_proj", "query_key_value", "c_attn"}
 
 
@@ -125,6 +126,28 @@ def task_vector(tensors, name, shape):
 # --- The mixture in a model ---
 
 
+def padding_mask(mask, tokens):
+    """Return, of a prompt's attention mask in any form a model takes, who counts [batch, tokens], or None.
+
+    With a compilable cache generate() prepares what the attentions themselves need: who sees whom
+    [batch, 1 or heads, tokens, keys], as booleans or as numbers to add to the scores (0: seen), or
+    a dictionary of these, an entry for every kind of attention.
+    """
+    if isinstance(mask, dict):
+        mask = next((entry for entry in mask.values() if entry is not None), None)
+    if mask is None:
+        return None
+    if not isinstance(mask, torch.Tensor):
+        raise ValueError(f"the attention mask is a {type(mask).__name__}, which cannot be read: use another attention")
+    if mask.ndim == 4:
+        mask = mask >= 0 if mask.is_floating_point() else mask != 0
+        # Causal or not, within a window or not, a token sees itself, unless it is padding. A mask
+        # of one row for all is not to be mistaken for that of a prompt of one token.
+        is_shared = mask.shape[2] == 1 and tokens > 1
+        mask = mask[:, 0, 0] if is_shared else mask[:, 0].diagonal(dim1=1, dim2=2)
+    return mask
+
+
 class Mixture:
     """What the routers of one model have in common: who of a call's tokens decides."""
 
@@ -150,10 +173,11 @@ class Mixture:
         """Return how much each token [batch, tokens] counts for its sample; rows add up to one."""
         batch, tokens = states.shape[:2]
         counts = torch.ones(batch, tokens, device=states.device)
-        if self.mask is not None:
-            if self.mask.shape != counts.shape:
-                raise ValueError(f"the attention mask is {list(self.mask.shape)} for tokens {list(counts.shape)}")
-            counts = self.mask.to(counts)
+        mask = padding_mask(self.mask, tokens)
+        if mask is not None:
+            if mask.shape != counts.shape:
+                raise ValueError(f"the attention mask is {list(mask.shape)} for tokens {list(counts.shape)}")
+            counts = mask.to(counts)
         if self.prompt_lengths is not None and not self.is_encoder:
             lengths = torch.as_tensor(self.prompt_lengths, device=states.device)
             counts = counts * (counts.cumsum(1) <= lengths[:, None])

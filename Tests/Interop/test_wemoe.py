@@ -242,12 +242,12 @@ class WemoeTests(unittest.TestCase):
             base, model_class = tiny_model(self.folder / kind, kind)
             yield wemoe.load(make_mixture(self.folder, base), self.folder / kind, model_class)
 
-    def generate(self, model, prompts, mask=None):
+    def generate(self, model, prompts, mask=None, **options):
         """Return the tokens and logits of four generated tokens."""
         mask = torch.ones_like(prompts) if mask is None else mask
         made = model.generate(
             prompts, attention_mask=mask, max_new_tokens=4, min_new_tokens=4, do_sample=False,
-            pad_token_id=0, return_dict_in_generate=True, output_logits=True,
+            pad_token_id=0, return_dict_in_generate=True, output_logits=True, **options,
         )  # fmt: skip
         return made.sequences, torch.stack(made.logits, dim=1)
 
@@ -284,6 +284,69 @@ class WemoeTests(unittest.TestCase):
                 _, first = self.generate(model, prompts[:1, 3:])
                 self.assert_close(first[0], together[0])
                 self.assert_close(second[0], together[1])
+
+    @torch.no_grad()
+    def test_generation_is_the_same_with_a_static_cache(self):
+        """The masks that generate() prepares for such a cache tell padding as the plain one does."""
+        prompts = torch.randint(3, 40, (2, 6), generator=torch.Generator().manual_seed(6))
+        mask = torch.ones_like(prompts)
+        mask[0, :3] = 0
+        prompts[0, :3] = 0
+        classes = {
+            "llama": transformers.LlamaForCausalLM,
+            "mistral": transformers.MistralForCausalLM,  # Its window is shorter than the prompt.
+            "qwen3": transformers.Qwen3ForCausalLM,
+        }
+        for (family, model_class), attention in itertools.product(classes.items(), ("sdpa", "eager")):
+            mixture = make_mixture(self.folder, FORWARD / family / "model.safetensors")
+            config = transformers.AutoConfig.from_pretrained(FORWARD / family)
+            config._attn_implementation = attention
+            model = wemoe.load(mixture, config, model_class)
+            for given in (None, mask):
+                with self.subTest(family=family, attention=attention, padded=given is not None):
+                    sequences, logits = self.generate(model, prompts, given)
+                    static, other = self.generate(model, prompts, given, cache_implementation="static")
+                    self.assertEqual(static.tolist(), sequences.tolist())
+                    self.assert_close(other, logits)
+
+    def test_padding_masks(self):
+        """Of every form of attention mask, the same tokens count."""
+        plain = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
+        causal = torch.ones(4, 6, dtype=torch.bool).tril()
+        keys = torch.nn.functional.pad(plain, (0, 2)).bool()
+        sees = (keys[:, None] & causal)[:, None]
+        added = torch.where(sees, 0.0, torch.finfo(torch.float32).min)
+        shared = plain.bool()[:, None, None]
+        forms = (plain, sees, added, shared, {"full_attention": sees}, {"full_attention": None, "other": added})
+        for form in forms:
+            self.assertEqual(wemoe.padding_mask(form, 4).int().tolist(), plain.tolist())
+        self.assertEqual(wemoe.padding_mask(sees[1:, :, :1], 1).tolist(), [[True]])
+        self.assertIsNone(wemoe.padding_mask({"full_attention": None}, 4))
+        with self.assertRaisesRegex(ValueError, "use another attention"):
+            wemoe.padding_mask("mask", 4)
+
+    @torch.no_grad()
+    def test_every_first_map_asks_its_router(self):
+        """Models whose MLPs name their linear maps like no others run too."""
+        size = {"vocab_size": 40, "max_position_embeddings": 32}
+        distilbert = transformers.DistilBertConfig(dim=16, hidden_dim=24, n_layers=2, n_heads=2, **size)
+        neox = transformers.GPTNeoXConfig(
+            hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, **size
+        )
+        kinds = ((transformers.DistilBertModel, distilbert), (transformers.GPTNeoXModel, neox))
+        for model_class, config in kinds:
+            with self.subTest(config.model_type):
+                torch.manual_seed(3)
+                model_class(config).save_pretrained(self.folder / config.model_type)
+                base = self.folder / config.model_type / "model.safetensors"
+                mixture = make_mixture(self.folder, base, weights=[0.7, -0.2])
+                smelt("collapse", mixture, "--weights", "0.7,-0.2", "-o", self.folder / "plain.safetensors")
+                plain = model_class.from_pretrained(
+                    None, config=config, state_dict=load_file(self.folder / "plain.safetensors")
+                )
+                inputs = torch.randint(3, 40, (2, 6))
+                model = wemoe.load(mixture, config, model_class)
+                self.assert_close(model(inputs)[0], plain.eval()(inputs)[0])
 
     def test_coded_task_vectors(self):
         """Every storage of task vectors gives back what was stored."""
