@@ -159,6 +159,7 @@ struct Upscale: ParsableCommand {
       models, scaling: scaling, activations: Checkpoint.open(activations!),
       expertsPerToken: min(expertsPerToken, family.experts.count))
     try refuse(writing: output, overInputs: family.paths + [activations!])
+    if dryRun { return sayPlan(of: sparse) }
     var options = WritingOptions()
     if writesFolder {
       options.sideFilesOf = family.base
@@ -244,6 +245,19 @@ struct Upscale: ParsableCommand {
       )
     }
     if let sentence = cost.reads.sentence { print(sentence) }
+  }
+
+  private func sayPlan(of sparse: SparseMixture) {
+    let tensors = sparse.manifest.tensors
+    let sources = [sparse.family.base] + sparse.family.experts.map { $0.source }
+    let perToken = min(expertsPerToken, sources.count - 1)
+    let rows = [
+      ["experts", "\(sources.count - 1), \(perToken) a token"],
+      ["parameters", "\(millions(tensors.reduce(0) { $0 + $1.elementCount })) M"],
+      ["read", "\(ByteSize(bytes: sources.reduce(0) { $0 + $1.manifest.byteCount }))"],
+      ["written", "\(ByteSize(bytes: sparse.manifest.byteCount))"],
+    ]
+    print(Table(columns: [output, ""], rows: rows))
   }
 
   private func millions(_ count: Int) -> String { decimal(Double(count) / 1e6, 2) }

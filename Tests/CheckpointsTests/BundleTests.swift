@@ -117,6 +117,26 @@ typealias Bundle = Checkpoints.Bundle
     try expectUnpacks(folder("b.safetensors.zst"), as: source)
   }
 
+  @Test(arguments: [nil, Bundle.Lossy.int8, .sign1])
+  func `stores tensors of the same bytes once, whatever their codec`(lossy: Bundle.Lossy?) throws {
+    let tensor = Sample.weights("a", .bf16, [256, 128], seed: 1)
+    let source = try writeSafetensors(
+      [
+        tensor, Sample("b", .bf16, [256, 128], tensor.bytes),
+        // Another shape: what is lossy looks at rows.
+        Sample("c", .bf16, lossy == nil ? [128, 256] : [256, 128], tensor.bytes),
+      ], to: folder("in.safetensors"))
+    try Bundle.pack(source, to: folder("b.safetensors.zst"), lossy: lossy)
+    let bundle = try BundleSource(folder("b.safetensors.zst"))
+    try bundle.verify()
+    let tensors = bundle.recipe.models[0].tensors
+    #expect(Set(tensors.dropFirst().map { $0.parts }).count == 1)
+    #expect(tensors[1].parts.first?.hasPrefix("a") == true)
+    let first = try bundle.bytes(of: bundle.tensor("a"))
+    for name in ["b", "c"] { #expect(try bundle.bytes(of: bundle.tensor(name)) == first) }
+    if lossy == nil { try expectUnpacks(folder("b.safetensors.zst"), as: source) }
+  }
+
   @Test func `decodes a difference from a tensor that is mostly zeros`() throws {
     let pruned = Sample.pruned("a.0", .i32, [1_060_000], seed: 1)
     let near = pruned.bytes.indices.map { pruned.bytes[$0] ^ ($0 % 4000 == 0 ? 3 : 0) }

@@ -61,6 +61,28 @@ struct ActivationsTests {
     }
   }
 
+  @Test func `one gate for all layers is one, stored once or with each`() throws {
+    let inputs = try writeInputs()
+    let models = Self.experts.flatMap {
+      ["--expert", "\($0)=\(fixtures("digits/\($0).safetensors"))"]
+    }
+    var gates: [[[Float]]] = []
+    for options in [["--shared-gate"], ["--shared-gate", "--duplicate-gate"]] {
+      let made = try smelt(
+        ["upscale", "--base", base] + models + options + ["-o", folder("moe.safetensors")])
+      #expect(made.code == 0)
+      try succeed(
+        "calibrate", folder("moe.safetensors"), "--progressive", inputs, "--heads", "4", "-o",
+        folder("fitted.safetensors"))
+      let fitted = try Checkpoint.open(folder("fitted.safetensors"))
+      let names = fitted.manifest.tensors.map { $0.name }.filter { $0.hasSuffix("gate.fc2.weight") }
+      gates.append(try names.map { try fitted.floats(of: $0) })
+    }
+    #expect(gates.map { $0.count } == [1, 4])
+    #expect(gates[1].allSatisfy { $0 == gates[0][0] })
+    #expect(gates[0][0].contains { abs($0) > 0.1 }, "it is still the one that it was made with")
+  }
+
   @Test func `the static part's λ is chosen by the model's outputs`() throws {
     let inputs = try writeInputs()
     let experts = Self.experts.flatMap {

@@ -52,12 +52,13 @@ struct SparseMixtureTests {
   }
 
   private func upscale(
-    _ base: String, _ experts: [String], _ activations: String, to output: String
+    _ base: String, _ experts: [String], _ activations: String, to output: String,
+    _ options: String...
   ) throws -> CommandResult {
     let experts = experts.enumerated().flatMap { ["--expert", "e\($0.offset)=\($0.element)"] }
     return try smelt(
       ["upscale", "--base", base] + experts
-        + ["--format", "mixtral", "--activations", activations, "-o", folder(output)])
+        + ["--format", "mixtral", "--activations", activations, "-o", folder(output)] + options)
   }
 
   @Test(arguments: ["llama", "mistral"])
@@ -135,6 +136,17 @@ struct SparseMixtureTests {
     #expect(new["sliding_window"] as? Int == 4096)
     #expect(new["max_position_embeddings"] as? Int == 131_072)
     #expect(new["intermediate_size"] as? Int == 24)
+  }
+
+  @Test func `a dry run counts and writes nothing`() throws {
+    let base = try write("llama", as: "base")
+    let activations = try activations(of: base)
+    let before = try folder.names
+    let result = try upscale(base, [base, base], activations, to: "mixtral", "--dry-run")
+    #expect(result.code == 0)
+    #expect(result.output.contains("2, 2 a token"))
+    #expect(result.output.contains("written"))
+    #expect(try folder.names == before)
   }
 
   @Test func `a file alone says that the configuration is missing`() throws {

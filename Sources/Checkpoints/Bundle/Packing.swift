@@ -50,9 +50,11 @@ struct Packing: Sendable {
   /// What tensors of the same content have in common.
   struct Likeness: Hashable {
     let dtype: DType
-    let shape: [Int]
+    /// Nil where the parts are the same for every shape.
+    let shape: [Int]?
     let checksum: UInt64
-    let codec: Codec
+    /// The codec if it is lossy, whose checksum is of what it makes of the tensor.
+    let lossy: Codec?
   }
 
   enum Content: Sendable {

@@ -88,22 +88,25 @@ extension Packing {
     var seen: [Likeness: Int] = [:]
     for index in tensors.indices {
       let finding = tensors[index].finding
-      let key = Likeness(
-        dtype: tensors[index].tensor.dtype, shape: tensors[index].tensor.shape,
-        checksum: finding.checksum, codec: finding.own.codec)
-      if tensors[index].tensor.byteCount > 0, let twin = seen[key],
-        // A checksum of 64 bits may collide; a lossy tensor's is not of its own bytes.
-        !finding.own.codec.isLossy, try isSame(index, twin)
+      let tensor = tensors[index].tensor
+      let lossy = finding.own.codec.isLossy ? finding.own.codec : nil
+      func key(_ shape: [Int]?) -> Likeness {
+        Likeness(dtype: tensor.dtype, shape: shape, checksum: finding.checksum, lossy: lossy)
+      }
+      if tensor.byteCount > 0, let twin = seen[key(tensor.shape)] ?? seen[key(nil)],
+        // A checksum of 64 bits may collide.
+        try isSame(index, twin)
       {
         tensors[index].twin = twin
         continue
       }
-      seen[key] = seen[key] ?? index
       tensors[index].difference = finding.differences.first { _, candidate in
         guard let position = candidate.position else { return true }
         let other = tensors[position]
         return other.difference == nil && other.twin == nil && !other.choice.codec.isLossy
       }
+      seen[key(tensor.shape)] = seen[key(tensor.shape)] ?? index
+      if lossy == nil, tensors[index].choice.codec != .raw { seen[key(nil)] = index }
     }
   }
 

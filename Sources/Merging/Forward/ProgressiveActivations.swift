@@ -6,7 +6,8 @@ import Synchronization
 ///
 /// Recorded activations are another model's, and each layer adds to the difference. Here later
 /// routers are fitted to what they will really see. Give this to a `MixtureCalibration` as its
-/// activations, and its sink through `observing(_:)`; the modules must be fitted in their order.
+/// activations, and its sink through `observing(_:)`; the modules must be fitted in their order: for
+/// an earlier layer the samples begin anew.
 public final class ProgressiveActivations: TensorSource {
   public let path: String
   public let manifest: Manifest
@@ -110,11 +111,11 @@ public final class ProgressiveActivations: TensorSource {
       switch place {
       case .states(layer, let states):
         return states
+      case .states(let here, _) where here > layer, .mlp(let here, _) where here >= layer:
+        place = nil
       case .states(let here, _):
-        precondition(here < layer, "layers are calibrated in their order")
         _ = try mlpInputs(&place, of: here)
       case .mlp(let here, let inputs):
-        precondition(here < layer, "a layer's attention is calibrated before its MLP")
         place = .states(
           layer: here + 1, try inputs.advanced(through: pass.mlp(here), workers: workers))
       case nil:

@@ -46,15 +46,18 @@ public struct Mixture: Sendable {
     }
   }
 
-  /// The gates that are stored, each with the modules that it routes.
-  var gates: [(gate: String, modules: [MixtureDescription.Module])] {
+  /// The gates, each with the names that it is stored under and the modules that it routes.
+  var gates: [(copies: [String], modules: [MixtureDescription.Module])] {
+    if description.hasGateCopies ?? false {
+      return [(description.modules.map { $0.gate }, description.modules)]
+    }
     var order: [String] = []
     var routed: [String: [MixtureDescription.Module]] = [:]
     for module in description.modules {
       if routed[module.gate] == nil { order.append(module.gate) }
       routed[module.gate, default: []].append(module)
     }
-    return order.map { ($0, routed[$0]!) }
+    return order.map { ([$0], routed[$0]!) }
   }
 
   func router(_ gate: String) throws -> Router {

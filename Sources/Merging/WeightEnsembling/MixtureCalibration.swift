@@ -121,6 +121,9 @@ public struct MixtureCalibration: Sendable {
     var remarks: [String] = []
     if options.method == .output, mixture.gates.count < mixture.modules.count {
       remarks.append("a shared router is fitted to the tasks by ridge, not to the outputs")
+      if activations.source is ProgressiveActivations {
+        remarks.append("it is fitted to what the layers see with the router that the mixture has")
+      }
     } else if options.method == .output, activation == nil {
       remarks.append(
         "the MLPs' activation is not known, so the routers are fitted to the tasks by ridge; tell it with --activation"
@@ -143,11 +146,10 @@ extension MixtureCalibration {
   ///
   /// - Parameter memory: as many layers are worked on together as have room in it.
   public func run(into sink: any TensorSink, memory: Int, workers: Int) throws -> [LayerReport] {
-    let gates = mixture.gates
     // What the routers are made of, and nothing else that may stand under a gate's name.
     let fitted = Set(
-      try gates.flatMap { gate in
-        try mixture.router(gate.gate).tensors.map { "\(gate.gate).\($0.name)" }
+      try mixture.gates.flatMap { $0.copies }.flatMap { gate in
+        try mixture.router(gate).tensors.map { "\(gate).\($0.name)" }
       })
     let rest = mixture.source.manifest.tensors.filter { !fitted.contains($0.name) }
     try mixture.source.copy(rest, into: sink, workers: workers)
@@ -227,7 +229,7 @@ extension MixtureCalibration {
   /// One gate for all modules, fitted to the inputs of all.
   private func calibrateShared(into sink: any TensorSink) throws -> [LayerReport] {
     var reports: [LayerReport] = []
-    for (gate, modules) in mixture.gates {
+    for (copies, modules) in mixture.gates {
       let inputs = try modules.map { try features(of: $0.prefix) }
       let stacked = try CalibrationSamples(layers: inputs.map { $0.samples })
       let ridge = RouterCalibration(stacked)
@@ -243,10 +245,10 @@ extension MixtureCalibration {
         reports.append(
           try report(module, layer, input.samples, ridge, trial: trial))
       }
-      try Router(
+      let router = Router(
         embedding: ridge.gate, depth: mixture.description.routerDepth,
-        largestInput: inputs.map { $0.largest }.max()!
-      ).write(into: sink, gate: gate)
+        largestInput: inputs.map { $0.largest }.max()!)
+      for gate in copies { try router.write(into: sink, gate: gate) }
     }
     return reports
   }

@@ -54,6 +54,8 @@ public struct MixtureDescription: Codable, Sendable, Equatable {
   public var modules: [Module]
   /// Gates that are not stored, and the stored gate that each is: a shared gate is kept once.
   public var aliases: [String: String]?
+  /// Whether one gate for all modules is stored with each; absent from others.
+  public var hasGateCopies: Bool?
   /// Whether the routers have been fitted. Until then the mixture equals task arithmetic.
   public var calibrated: Bool
   /// How the routers were fitted.

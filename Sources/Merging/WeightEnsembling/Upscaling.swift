@@ -259,6 +259,7 @@ extension Upscaling {
       description.aliases = Dictionary(
         uniqueKeysWithValues: modules.dropFirst().map { ("\($0.prefix).gate", gate(of: $0)) })
     }
+    if options.gates == .duplicated { description.hasGateCopies = true }
     if let ratio = options.pruning {
       description.pruning = .init(ratio: ratio, errors: pruningErrors)
     }
