@@ -104,6 +104,12 @@ private let models: [NamedModel] = [
       + linear("model.layers.1.mlp.down_proj", 6, 4, bias: false),
     others: linear("model.layers.1.self_attn.qkv_proj", 4, 12, bias: false),
     module: "model.layers.1.mlp", maps: ["gate_up_proj", "down_proj"], activation: "silu"),
+  NamedModel(
+    name: "Phi-3, in the order of names",
+    mlp: linear("model.layers.1.mlp.down_proj", 6, 4, bias: false)
+      + linear("model.layers.1.mlp.gate_up_proj", 4, 12, bias: false),
+    others: linear("model.layers.1.self_attn.qkv_proj", 4, 12, bias: false),
+    module: "model.layers.1.mlp", maps: ["gate_up_proj", "down_proj"], activation: "silu"),
 ]
 
 @Suite struct `families of models` {
@@ -192,7 +198,7 @@ private let models: [NamedModel] = [
     #expect(
       try MixtureDescription(of: mixture).modules.map { $0.prefix } == ["encoder.layers.1.mlp"])
     #expect(mixture.manifest["encoder.layers.0.mlp.fc1.weight"] != nil)
-    options.layers = [7]
+    options.layers = [1, 7]
     #expect(throws: MergeError.self) { try Upscaling(small.family(), options) }
   }
 

@@ -134,7 +134,7 @@ extension TransformerMLP {
     mlps.lazy.compactMap { $0.member(name) }.first
   }
 
-  private func member(_ name: String) -> Member? {
+  fileprivate func member(_ name: String) -> Member? {
     let words = name.split(separator: ".", omittingEmptySubsequences: false).map(String.init)
     guard words.count > path.count else { return nil }
     for start in 0..<(words.count - path.count) {
@@ -198,7 +198,7 @@ public struct UpscaledModule: Sendable {
     }
     return inOrderOfExecution(
       order.compactMap { prefix in
-        let own = members[prefix]!
+        let own = ofOneFamily(members[prefix]!, mlps)
         guard let (width, isTransposed) = width(of: own) else { return nil }
         let mlp = own[0].member.mlp
         let keys = own.map { $0.member.key }
@@ -207,6 +207,19 @@ public struct UpscaledModule: Sendable {
           tensors: own.map { $0.tensor.name },
           maps: mlp.parts.filter { keys.contains("\($0).weight") }, isTransposed: isTransposed)
       })
+  }
+
+  /// Families share some of their maps' names: the one that has them all is meant.
+  private static func ofOneFamily(
+    _ found: [(member: TransformerMLP.Member, tensor: TensorInfo)], _ mlps: [TransformerMLP]
+  ) -> [(member: TransformerMLP.Member, tensor: TensorInfo)] {
+    for mlp in mlps {
+      let own = found.compactMap { member, tensor in
+        mlp.member(tensor.name).flatMap { $0.module == member.module ? ($0, tensor) : nil }
+      }
+      if own.count == found.count { return own }
+    }
+    return found
   }
 
   /// Files may have layer 10 before layer 2, and a layer's MLP before its attention.

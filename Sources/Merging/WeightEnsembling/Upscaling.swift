@@ -139,6 +139,14 @@ public struct Upscaling: Sendable {
         "\(family.base.path) has no Transformer MLP\(what) that is known by its tensors' names",
         remedy: "known are \(TransformerMLP.knownFamilies); tell where others are with --mlp")
     }
+    if let asked = options.layers,
+      let missing = asked.sorted().first(where: { layer in
+        !modules.contains { $0.layer == layer }
+      })
+    {
+      throw MergeError(
+        "\(family.base.path) has no Transformer MLP in layer \(missing), which --layers asks for")
+    }
     if options.gates != .own, let other = modules.first(where: { $0.width != first.width }) {
       throw MergeError(
         "modules \(first.prefix) and \(other.prefix) cannot share a gate: their inputs have \(first.width) and \(other.width) elements"
