@@ -270,13 +270,18 @@ class WemoeTests(unittest.TestCase):
                 other = model(**inputs, use_cache=False).logits[:, prompt - 1 : prompt + 3]
                 self.assertGreater((other - whole).abs().max().item(), 1e-3)
 
-    @torch.no_grad()
-    def test_generation_is_the_same_alone_padded_and_after_another(self):
-        """Neither padding, nor the rest of the batch, nor what was generated before, matters."""
+    def padded_prompts(self):
+        """Return two prompts, the first padded on the left, and their mask."""
         prompts = torch.randint(3, 40, (2, 6), generator=torch.Generator().manual_seed(6))
         mask = torch.ones_like(prompts)
         mask[0, :3] = 0
         prompts[0, :3] = 0
+        return prompts, mask
+
+    @torch.no_grad()
+    def test_generation_is_the_same_alone_padded_and_after_another(self):
+        """Neither padding, nor the rest of the batch, nor what was generated before, matters."""
+        prompts, mask = self.padded_prompts()
         for model in self.decoders():
             with self.subTest(type(model).__name__):
                 _, together = self.generate(model, prompts, mask)
@@ -288,10 +293,7 @@ class WemoeTests(unittest.TestCase):
     @torch.no_grad()
     def test_generation_is_the_same_with_a_static_cache(self):
         """The masks that generate() prepares for such a cache tell padding as the plain one does."""
-        prompts = torch.randint(3, 40, (2, 6), generator=torch.Generator().manual_seed(6))
-        mask = torch.ones_like(prompts)
-        mask[0, :3] = 0
-        prompts[0, :3] = 0
+        prompts, mask = self.padded_prompts()
         classes = {
             "llama": transformers.LlamaForCausalLM,
             "mistral": transformers.MistralForCausalLM,  # Its window is shorter than the prompt.

@@ -8,6 +8,10 @@ struct ActivationsTests {
   static let experts = ["upright", "rotated", "inverted", "shuffled"]
   let folder: TemporaryFolder
   let base = fixtures("digits/base.safetensors")
+  /// The command's options for all experts.
+  let models = Self.experts.flatMap {
+    ["--expert", "\($0)=\(fixtures("digits/\($0).safetensors"))"]
+  }
 
   init() throws { folder = try TemporaryFolder() }
 
@@ -35,9 +39,6 @@ struct ActivationsTests {
   @Test(arguments: [[], ["--attention"]])
   func `what routers were fitted to is what their mixture sees`(attention: [String]) throws {
     let inputs = try writeInputs()
-    let models = Self.experts.flatMap {
-      ["--expert", "\($0)=\(fixtures("digits/\($0).safetensors"))"]
-    }
     let upscaled = try smelt(
       ["upscale", "--base", base] + models + attention + ["-o", folder("moe.h5")])
     #expect(upscaled.code == 0)
@@ -63,9 +64,6 @@ struct ActivationsTests {
 
   @Test func `one gate for all layers is one, stored once or with each`() throws {
     let inputs = try writeInputs()
-    let models = Self.experts.flatMap {
-      ["--expert", "\($0)=\(fixtures("digits/\($0).safetensors"))"]
-    }
     var gates: [[[Float]]] = []
     for options in [["--shared-gate"], ["--shared-gate", "--duplicate-gate"]] {
       let made = try smelt(
@@ -85,17 +83,14 @@ struct ActivationsTests {
 
   @Test func `the static part's λ is chosen by the model's outputs`() throws {
     let inputs = try writeInputs()
-    let experts = Self.experts.flatMap {
-      ["--expert", "\($0)=\(fixtures("digits/\($0).safetensors"))"]
-    }
     for (name, scaling) in [("third", "0.3"), ("chosen", "0.6")] {
       let made = try smelt(
-        ["upscale", "--base", base] + experts + ["--lambda", scaling, "-o", folder("\(name).h5")])
+        ["upscale", "--base", base] + models + ["--lambda", scaling, "-o", folder("\(name).h5")])
       #expect(made.code == 0)
     }
     let result = try smelt(
       ["calibrate", folder("third.h5"), "--progressive", inputs, "--heads", "4", "--choose-lambda"]
-        + ["--base", base] + experts + ["--report", folder("report.svg")]
+        + ["--base", base] + models + ["--report", folder("report.svg")]
         + ["-o", folder("fitted.safetensors")])
     #expect(result.code == 0, "\(result.errors)")
     // λ, error, and an arrow at the one that was taken.
@@ -174,9 +169,6 @@ struct ActivationsTests {
   }
 
   @Test func `padding of recorded texts counts for nothing`() throws {
-    let models = Self.experts.flatMap {
-      ["--expert", "\($0)=\(fixtures("digits/\($0).safetensors"))"]
-    }
     _ = try smelt(["upscale", "--base", base] + models + ["-o", folder("moe.h5")])
     try succeed(
       "activations", base, try writeInputs(), "--heads", "4", "--tokens", "-o",
@@ -216,9 +208,6 @@ struct ActivationsTests {
   }
 
   @Test func `attention becomes modules that one expert's weights give back`() throws {
-    let models = Self.experts.flatMap {
-      ["--expert", "\($0)=\(fixtures("digits/\($0).safetensors"))"]
-    }
     let upscaled = try smelt(
       ["upscale", "--base", base, "--attention"] + models + ["-o", folder("moe.h5")])
     #expect(upscaled.output.contains("4 experts in 8 MLP and attention modules"))
@@ -242,9 +231,6 @@ struct ActivationsTests {
   }
 
   @Test func `FusionBench's format has FusionBench's tensors and no others`() throws {
-    let models = Self.experts.flatMap {
-      ["--expert", "\($0)=\(fixtures("digits/\($0).safetensors"))"]
-    }
     func upscale(_ options: [String], _ output: String) throws -> CommandResult {
       try smelt(["upscale", "--base", base] + models + options + ["-o", folder(output)])
     }

@@ -38,6 +38,7 @@ extension Bundle {
     let packing = try Packing(
       models, against: base, path, lossy: lossy, workers: workers, memory: memory)
     let affordable = max(1, min(workers, memory / packing.memoryPerWorker))
+    // What has a checksum of its own was compared in the survey.
     for (_, source) in models {
       try source.refuseDamage(of: source.unrecorded, workers: workers)
     }

@@ -187,7 +187,7 @@ extension HDF5.Inventory.Dataset {
   }
 
   private func proveUnwritten(_ byteCount: Int, stored: Int) throws(HDF5Failure) {
-    guard byteCount <= HDF5.largestUnwritten || byteCount / 1032 <= stored else {
+    guard byteCount <= HDF5.largestUnwritten || byteCount / largestDeflateRatio <= stored else {
       throw HDF5Failure("has a shape of \(byteCount) bytes of which some were never written")
     }
   }

@@ -2,6 +2,9 @@ import CZlib
 import Glibc
 import Synchronization
 
+/// More than so many bytes deflate cannot make of one.
+let largestDeflateRatio = 1032
+
 /// zlib's checksum of some bytes.
 func crc32(of bytes: RawSpan) -> UInt {
   bytes.withUnsafeBytes {
@@ -127,8 +130,7 @@ extension ZipArchive {
   ///
   /// It lies in $TMPDIR or else in /var/tmp, which is for what is large: /tmp may be memory.
   func unpack(_ entry: Entry) throws(CheckpointError) -> MappedFile {
-    // Deflate cannot make more than 1032 bytes of one.
-    guard entry.size / 1032 <= entry.storedSize else {
+    guard entry.size / largestDeflateRatio <= entry.storedSize else {
       throw damaged(entry, "says that it is larger than it can be")
     }
     let target = try room(for: entry)

@@ -39,6 +39,37 @@ enum Corrections {
   }
 }
 
+extension Tile {
+  /// Leaves of self[row], an expert's weights, those that self[base] + self[vector] misses, and
+  /// `Corrections.none` elsewhere. Weights and vector are rounded to the type they are stored in.
+  mutating func keepCorrections(_ row: Int, base: Int, vector: Int, _ dtype: DType) {
+    precondition(row != base && row != vector && base != vector)
+    let (weights, base, vector) = (buffer(row), buffer(base), buffer(vector))
+    // Sound: rows of memory that this tile owns and lends to nobody meanwhile.
+    var span = MutableSpan(_unsafeElements: weights)
+    dtype.round(&span)
+    span = MutableSpan(_unsafeElements: vector)
+    dtype.round(&span)
+    let none = Corrections.none.bitPattern
+    withUnsafeTemporaryAllocation(of: Float.self, capacity: 1024) { sums in
+      sums.initialize(repeating: 0)
+      for begin in stride(from: 0, to: columns, by: 1024) {
+        let count = min(1024, columns - begin)
+        for i in 0..<count { sums[i] = base[begin &+ i] + vector[begin &+ i] }
+        var span = MutableSpan(
+          _unsafeElements: UnsafeMutableBufferPointer(rebasing: sums[..<count]))
+        dtype.round(&span)
+        for i in 0..<count {
+          let (sum, weight) = (sums[i].bitPattern, weights[begin &+ i].bitPattern)
+          // Which NaN a sum becomes depends on the order of its terms: a NaN is always kept.
+          let isKept = sum != weight || weight & 0x7FFF_FFFF > 0x7F80_0000
+          weights[begin &+ i] = Float(bitPattern: isKept ? weight : none)
+        }
+      }
+    }
+  }
+}
+
 // MARK: - Writing
 
 /// Stores corrections: takes them spread, piece by piece in order, and writes places and weights.
