@@ -24,7 +24,7 @@ let package = Package(
 
     .target(
       name: "Checkpoints",
-      dependencies: ["CLinux", "CHDF5", "CZstd", "CZlib", "CXXHash", "CCrypto"],
+      dependencies: ["CLinux", "CHDF5", "CZstd", "CZlib", "CXXHash", "CCrypto", "CKernels"],
       exclude: ["Bundle/FORMAT.md"]),
     .target(name: "CKernels"),
     .target(

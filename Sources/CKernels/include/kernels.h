@@ -85,3 +85,23 @@ void smelt_elect(const float *rows, size_t stride, size_t order, const float *we
 
 /// Σ|values|, in sixteen float lanes over blocks of 1024 that are folded into double.
 double smelt_sum_magnitudes(const float *values, size_t count);
+
+enum {
+  /// The most elements that the two below take, and how many of them are sorted at a time.
+  smelt_steps_largest = 1 << 20,
+  smelt_steps_piece = 1 << 14,
+  /// Bytes of scratch memory that they need, aligned for 32-bit numbers.
+  smelt_steps_scratch = 4 * (2 * (smelt_steps_piece + 8 * 256) + 256 * (smelt_steps_largest / smelt_steps_piece)),
+};
+
+/// Whether the processor can run the two below.
+bool smelt_sorts_steps(void);
+
+/// The codes of the steps from a reference to other 16-bit floats, sorted as `Steps` in Swift
+/// describes it and split into their bytes. The elements are overwritten.
+void smelt_split_steps(uint16_t *elements, const uint16_t *reference, size_t count, uint8_t *upper,
+                       uint8_t *lower, void *scratch);
+
+/// Adds such steps to the reference's elements in place. `places` is scratch memory for as many.
+void smelt_add_steps(const uint8_t *upper, const uint8_t *lower, size_t count, uint16_t *elements,
+                     uint16_t *places, void *scratch);

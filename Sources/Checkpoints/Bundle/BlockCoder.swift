@@ -10,6 +10,7 @@ final class BlockCoder {
   private let gaps = PinnedBytes(count: Gaps.largest(Codec.blockCount))
   let content = PinnedBytes(count: ZstdFrame.contentSize)
   private lazy var groups = GroupReader()
+  private lazy var scratch = PinnedBytes(count: Steps.scratch)
   /// How the block that was read last becomes planes, and the length of its gaps.
   private var split = Split()
 
@@ -18,6 +19,8 @@ final class BlockCoder {
     var count = 0
     var rotation = 0
     var isCoded = false
+    /// Whether the codes are planes already, so far apart as a frame is long.
+    var isSplit = false
     var gaps = 0
   }
 
@@ -30,7 +33,7 @@ final class BlockCoder {
 
   /// Bytes that the buffers take.
   static func memory(width: Int, isQuantised: Bool) -> Int {
-    3 * width * Codec.blockCount + 3 << 20 + (isQuantised ? GroupReader.memory : 0)
+    3 * width * Codec.blockCount + 3 << 20 + Steps.scratch + (isQuantised ? GroupReader.memory : 0)
   }
 
   /// Reads what frames `index` of the tensor's streams are made from.
@@ -52,6 +55,11 @@ final class BlockCoder {
     case .xor:
       exclusiveOr(
         elements.start, with: UnsafeRawPointer(other.start), count: count * width)
+    case .ulp where Steps.splits(width):
+      Steps.split(
+        elements, count: count, from: other,
+        into: (codes.octets, codes.octets + ZstdFrame.contentSize), scratch)
+      split.isSplit = true
     case .ulp:
       Steps.difference(
         of: count, width: width, UnsafeRawPointer(elements.start),
@@ -87,6 +95,10 @@ final class BlockCoder {
       return content.first(size)
     }
     if codec == .sparse && stream == 0 { return gaps.first(split.gaps) }
+    if split.isSplit {
+      let begin = stream * ZstdFrame.contentSize
+      return UnsafeRawBufferPointer(rebasing: codes.bytes[begin..<begin + split.count])
+    }
     Planes.extract(
       codec == .sparse ? stream - 1 : stream, of: split.count, width: split.width,
       rotation: split.rotation,

@@ -20,9 +20,19 @@ extension BundleFile {
     case .ulp, .xor:
       // The other tensor first: what decodes it may need the reader's buffers for itself.
       try decodeReference(block, of: stored, into: bytes, reader)
+      let width = stored.tensor.dtype.byteWidth
+      if stored.codec == .ulp && Steps.splits(width) {
+        let count = bytes.count / width
+        try readPlanes(block, of: stored, part: 0, count: count, reader)
+        let planes = UnsafePointer(reader.planes.octets)
+        Steps.add(
+          (planes, planes + ZstdFrame.contentSize), count: count, to: bytes.baseAddress!,
+          reader.elements, reader.scratch)
+        break
+      }
       let codes = reader.elements.part(0..<bytes.count)
       try decodePlanes(block, of: stored, part: 0, rotation: 0, into: codes, reader)
-      let (start, width) = (UnsafeRawPointer(codes.baseAddress!), stored.tensor.dtype.byteWidth)
+      let start = UnsafeRawPointer(codes.baseAddress!)
       if stored.codec == .xor {
         exclusiveOr(bytes.baseAddress!, with: start, count: bytes.count)
       } else {

@@ -13,6 +13,7 @@ final class BlockReader: @unchecked Sendable {
   var octetsFrame: Int?
   private let floats = PinnedBytes(count: 4 * Codec.blockCount)
   let scales = PinnedBytes(count: 4 * (Codec.blockCount / Quantisation.smallestGroup + 2))
+  private(set) lazy var scratch = PinnedBytes(count: Steps.scratch)
   /// The factors of a block's rows.
   private(set) lazy var left = PinnedBytes(
     count: 4 * (Codec.blockCount + 2 * ThinProduct.largestRank))
@@ -35,5 +36,5 @@ final class BlockReader: @unchecked Sendable {
   }
 
   /// Bytes that all of it takes.
-  static func memory(blockSize: Int) -> Int { 3 * blockSize + (2 + 4 + 1 + 4 + 4) << 20 }
+  static func memory(blockSize: Int) -> Int { 3 * blockSize + Steps.scratch + (2 + 4 + 1 + 4 + 4) << 20 }
 }

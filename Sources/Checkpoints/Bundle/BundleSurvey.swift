@@ -47,6 +47,7 @@ extension Bundle {
     private let frame = PinnedBytes(count: ZstdFrame.largest)
     /// What whole tensors are read through: small enough to stay in a core's own cache.
     private let piece = PinnedBytes(count: pieceSize)
+    private let scratch = PinnedBytes(count: Steps.scratch)
     private lazy var block = PinnedBytes(count: 8 * Codec.blockCount)
     private lazy var blockValues = PinnedBytes(count: 8 * Codec.blockCount)
     private lazy var blockGaps = PinnedBytes(count: Gaps.largest(Codec.blockCount))
@@ -56,12 +57,13 @@ extension Bundle {
     private static let sampleCount = 1 << 16
     private static let smallestSampleCount = 1 << 13
     private static let samplePieces = 16
+    private static let smallestRun = 1 << 11
     private static let pieceSize = 1 << 18
 
     /// Bytes that the buffers take.
     static let memory =
       4 * sampleCount * 8 + ZstdFrame.largest + pieceSize + 17 * Codec.blockCount
-      + GroupReader.memory + FrameEncoder.memory
+      + Steps.scratch + GroupReader.memory + FrameEncoder.memory
   }
 }
 
@@ -90,7 +92,7 @@ extension Bundle.Survey {
     let hasCloseBase = finding.differences.contains { isClose($0.choice, size) }
     for codec in hasCloseBase ? [.sparse] : [Codec.raw, .planes, .sparse]
     where codec.suits(tensor.dtype) {
-      let choice = tryOut(codec, tensor.dtype, size)
+      let choice = tryOut(codec, tensor, size)
       // Simpler codecs come first and stay unless another gains a hundredth.
       guard let choice, finding.own.cost == .max || gains(choice, over: finding.own) else {
         continue
@@ -131,11 +133,11 @@ extension Bundle.Survey {
       // Where floats are few steps apart, their bits differ as much.
       guard !found.contains(where: { isClose($0.choice, size) }) else { break }
       if let own, size >= Self.smallestSampleCount,
-        let quick = tryOut(codec, tensor.dtype, size / 4 / 8 * 8), quick.cost > own.cost / 4
+        let quick = tryOut(codec, tensor, size / 4 / 8 * 8), quick.cost > own.cost / 4
       {
         continue
       }
-      if let choice = tryOut(codec, tensor.dtype, size) { found.append((choice, candidate)) }
+      if let choice = tryOut(codec, tensor, size) { found.append((choice, candidate)) }
     }
     return found
   }
@@ -174,20 +176,21 @@ extension Bundle.Survey {
   }
 
   /// What the sample takes when it is coded so, with the best mode for each stream.
-  private func tryOut(_ codec: Codec, _ dtype: DType, _ size: Int) -> Bundle.Choice? {
-    let (width, count) = (dtype.byteWidth, size / dtype.byteWidth)
+  private func tryOut(_ codec: Codec, _ tensor: TensorInfo, _ size: Int) -> Bundle.Choice? {
+    let width = tensor.dtype.byteWidth
+    let count = size / width
     var choice = Bundle.Choice(codec: codec, modes: [], cost: 0)
-    func add(_ content: UnsafeRawBufferPointer) {
-      let (cost, mode) = bestMode(for: content)
+    func add(_ content: UnsafeRawBufferPointer, runs: Int? = nil) {
+      let (cost, mode) = bestMode(for: content, runs: runs)
       choice.cost += cost
       choice.modes.append(mode)
     }
-    func addPlanes(of elements: PinnedBytes, _ count: Int, rotation: Int) {
+    func addPlanes(of elements: PinnedBytes, _ count: Int, rotation: Int, runs: Int? = nil) {
       for plane in 0..<width {
         Planes.extract(
           plane, of: count, width: width, rotation: rotation,
           from: UnsafeRawPointer(elements.start), into: octets.octets)
-        add(octets.first(count))
+        add(octets.first(count), runs: runs)
       }
     }
     switch codec {
@@ -211,10 +214,21 @@ extension Bundle.Survey {
         if best.cost <= choice.cost { choice = best }
       }
     case .ulp:
-      Steps.difference(
-        of: count, width: width, UnsafeRawPointer(sample.start),
-        from: UnsafeRawPointer(other.start), into: values.start)
-      addPlanes(of: values, count, rotation: 0)
+      // As many runs as a block has, but not so short that their codes would cost too much.
+      let blockRuns = min(tensor.elementCount, Codec.blockCount) / ZstdFrame.runSize
+      let runs = max(1, min(blockRuns, count / Self.smallestRun))
+      if Steps.splits(width) {
+        values.part(0..<size).copyMemory(from: sample.first(size))
+        Steps.split(
+          values, count: count, from: other, into: (octets.octets, octets.octets + count), scratch)
+        add(octets.first(count), runs: runs)
+        add(UnsafeRawBufferPointer(octets.part(count..<2 * count)), runs: runs)
+      } else {
+        Steps.difference(
+          of: count, width: width, UnsafeRawPointer(sample.start),
+          from: UnsafeRawPointer(other.start), into: values.start)
+        addPlanes(of: values, count, rotation: 0, runs: runs)
+      }
     case .xor:
       values.part(0..<size).copyMemory(from: sample.first(size))
       exclusiveOr(values.start, with: UnsafeRawPointer(other.start), count: size)
@@ -224,14 +238,24 @@ extension Bundle.Survey {
     return choice
   }
 
-  private func bestMode(for content: UnsafeRawBufferPointer) -> (cost: Int, ZstdFrame.Mode) {
-    let literals = encoder.encode(content, .literals, into: frame.bytes)
-    let matches = encoder.encode(content, .matches, into: frame.bytes)
+  /// - Parameter runs: of sorted content, how many runs to take it for.
+  private func bestMode(for content: UnsafeRawBufferPointer, runs: Int?) -> (
+    cost: Int, ZstdFrame.Mode
+  ) {
+    var (literals, matches) = (0, 0)
+    let length = max(1, (content.count + (runs ?? 1) - 1) / (runs ?? 1))
+    for begin in stride(from: 0, to: max(1, content.count), by: length) {
+      let run = UnsafeRawBufferPointer(
+        rebasing: content[begin..<min(begin + length, content.count)])
+      literals += encoder.encode(run, .literals, into: frame.bytes)
+      matches += encoder.encode(run, .matches, into: frame.bytes)
+    }
     let (cost, mode): (Int, ZstdFrame.Mode) =
       // What is stored is unpacked at the speed of memory, so a few bytes are no reason.
       min(literals, matches) >= content.count - content.count / 200
       ? (ZstdFrame.storedSize(content.count), .stored)
-      : literals <= matches + matches / 200 ? (literals, .literals) : (matches, .matches)
+      : literals <= matches + matches / 200
+        ? (literals, runs == nil ? .literals : .runs) : (matches, .matches)
     return (cost + SeekTable.costOfFrame, mode)
   }
 

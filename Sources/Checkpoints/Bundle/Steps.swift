@@ -1,3 +1,5 @@
+internal import CKernels
+
 /// Differences between floats counted in steps: how many representable values lie between.
 ///
 /// Two models that differ little differ by few steps, whatever their weights' size, and by the
@@ -91,6 +93,40 @@ enum Steps {
   private static func unordered<Bits: FixedWidthInteger & UnsignedInteger>(_ value: Bits) -> Bits {
     let isNegative = 0 &- (~value &>> Bits(Bits.bitWidth - 1))
     return value ^ (isNegative | 1 &<< Bits(Bits.bitWidth - 1))
+  }
+}
+
+// MARK: - Sixteen bits
+
+extension Steps {
+  /// Whether the two below do for elements of this width what `difference` and `add` do and
+  /// `Planes` would do then, which wide registers do much faster.
+  static func splits(_ width: Int) -> Bool { width == 2 && smelt_sorts_steps() }
+
+  /// Scratch memory that the two below need.
+  static let scratch = Int(smelt_steps_scratch)
+
+  /// Writes the planes of the sorted codes of the differences of `elements` from `reference`.
+  /// - Parameter elements: overwritten.
+  static func split(
+    _ elements: PinnedBytes, count: Int, from reference: PinnedBytes,
+    into planes: (UnsafeMutablePointer<UInt8>, UnsafeMutablePointer<UInt8>), _ scratch: PinnedBytes
+  ) {
+    smelt_split_steps(
+      elements.start.assumingMemoryBound(to: UInt16.self),
+      reference.start.assumingMemoryBound(to: UInt16.self), count, planes.0, planes.1,
+      scratch.start)
+  }
+
+  /// Adds the differences of which these are the planes to the reference's elements in place.
+  /// - Parameter places: scratch memory, of two bytes for each element.
+  static func add(
+    _ planes: (UnsafePointer<UInt8>, UnsafePointer<UInt8>), count: Int,
+    to elements: UnsafeMutableRawPointer, _ places: PinnedBytes, _ scratch: PinnedBytes
+  ) {
+    smelt_add_steps(
+      planes.0, planes.1, count, elements.assumingMemoryBound(to: UInt16.self),
+      places.start.assumingMemoryBound(to: UInt16.self), scratch.start)
   }
 }
 

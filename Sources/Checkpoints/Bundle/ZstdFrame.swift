@@ -7,6 +7,8 @@ internal import CZstd
 enum ZstdFrame {
   /// What every frame but the last of a stream holds.
   static let contentSize = 1 << 20
+  /// Bytes that have Huffman codes of their own in `Mode.runs`.
+  static let runSize = 1 << 15
   /// The size of a frame whose content, so many bytes, is stored as it is.
   static func storedSize(_ count: Int) -> Int {
     let blocks = max(1, (count + 1 << 17 - 1) >> 17)
@@ -22,6 +24,9 @@ enum ZstdFrame {
     case stored
     /// By Huffman codes alone: right for bytes that repeat in frequency but never in sequence.
     case literals
+    /// By Huffman codes alone, new ones every 32 KiB: right for bytes that are sorted by something
+    /// on which their frequencies depend.
+    case runs
     /// As zstd usually does, at its fastest.
     case matches
     /// As zstd usually does, thoroughly; for headers.
@@ -44,12 +49,15 @@ struct FrameEncoder: ~Copyable {
     }
     let checked = (ZSTD_c_checksumFlag, Int32(1))
     let fastest = (ZSTD_c_compressionLevel, Int32(1))
+    let literals = [
+      checked, fastest, (smelt_zstd_literal_mode, 1),
+      // Steps so long that no match is ever found: nobody looks for any.
+      (ZSTD_c_targetLength, 131_072), (ZSTD_c_minMatch, 7), (ZSTD_c_hashLog, 6),
+    ]
     contexts = [
-      .literals: context([
-        checked, fastest, (smelt_zstd_literal_mode, 1),
-        // Steps so long that no match is ever found: nobody looks for any.
-        (ZSTD_c_targetLength, 131_072), (ZSTD_c_minMatch, 7), (ZSTD_c_hashLog, 6),
-      ]),
+      .literals: context(literals),
+      // No block of a frame is larger than its window.
+      .runs: context(literals + [(ZSTD_c_windowLog, Int32(ZstdFrame.runSize.trailingZeroBitCount))]),
       .matches: context([checked, fastest]),
       .text: context([checked, (ZSTD_c_compressionLevel, 12)]),
     ]
