@@ -15,8 +15,9 @@ struct Pack: ParsableCommand {
 
       With --base, the bundle holds the base and all the models by their names, each as \
       differences from those before it where that is smaller; OUT.safetensors.zst/NAME is then \
-      one of them wherever a checkpoint is read. With --against, it holds only \
-      differences from a model that stays outside, which unpacking then needs.
+      one of them wherever a checkpoint is read. A bundle of a family is packed as a family again. \
+      With --against, it holds only differences from a model that stays outside, which reading it \
+      then needs: OUT.safetensors.zst@BASE is the model wherever a checkpoint is read.
       """)
 
   @Argument(
@@ -92,6 +93,9 @@ struct Pack: ParsableCommand {
   private func say(_ sources: [any TensorSource]) throws {
     let packed = try fileSize(output)
     // A safetensors file comes back with its header.
+    let sources = sources.flatMap { source in
+      (source as? BundleSource)?.family?.map { $0.source as any TensorSource } ?? [source]
+    }
     let size = sources.reduce(0) {
       $0 + $1.manifest.byteCount + ($1.manifest.safetensorsHeader.map { 8 + $0.count } ?? 0)
     }

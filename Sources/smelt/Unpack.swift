@@ -6,7 +6,8 @@ struct Unpack: ParsableCommand {
     abstract: "Give back what a bundle holds, bit for bit.",
     discussion: """
       Every frame's and every tensor's checksum is compared on the way. Of a family, --model \
-      gives one model; without it all come, as NAME/tensor.
+      gives one model; without it all come, as NAME/tensor. A bundle of differences needs its base: \
+      --against, or BUNDLE@BASE as every other command takes it.
       """)
 
   @Argument(help: "The bundle to unpack.", completion: .file())

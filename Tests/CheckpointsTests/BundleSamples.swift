@@ -31,6 +31,14 @@ struct Sample {
     self.init(name, dtype, shape, bytes)
   }
 
+  /// Its values, if it is small.
+  var values: [Float] {
+    var values = [Float](repeating: 0, count: tensor.elementCount)
+    var span = values.mutableSpan
+    tensor.dtype.decode(bytes.span.bytes, into: &span)
+    return values
+  }
+
   /// Weights as a model has them: normal with deviation 0.02.
   static func weights(_ name: String, _ dtype: DType, _ shape: [Int], seed: UInt64) -> Sample {
     var generator = SeededGenerator(seed: seed)

@@ -185,7 +185,7 @@ typealias Bundle = Checkpoints.Bundle
       throws: CheckpointError(
         file: path, tensor: "w",
         "is kept as a difference from a base model that is not in the bundle",
-        remedy: "name the base: 'smelt unpack --against BASE'")
+        remedy: "name the base after an @, as in b.safetensors.zst@BASE")
     ) { try alone.bytes(of: alone.tensor("w")) }
     let bare = try writeSafetensors(
       [.weights("v", .bf16, [200, 200], seed: 1)], to: folder("bare.safetensors"))
@@ -195,6 +195,153 @@ typealias Bundle = Checkpoints.Bundle
           file: wrong.path, tensor: "w", "is not what \(path) was packed against",
           remedy: "name the base that it was packed with")
       ) { try BundleSource(path, base: wrong) }
+    }
+  }
+
+  @Test func `opens with the base after an at sign`() throws {
+    let (base, tuned) = try family(.bf16)
+    let path = folder("b.safetensors.zst")
+    try Bundle.pack(tuned, against: base, to: path)
+    let both = "\(path)@\(base.path)"
+    let opened = try Checkpoint.open(both)
+    #expect(try opened.bytes(of: opened.tensor("w")) == tuned.bytes(of: tuned.tensor("w")))
+    #expect(try Checkpoint.files(of: both) == [path, base.path])
+    // What another bundle holds may be the base too.
+    let family = folder("family.safetensors.zst")
+    try Bundle.pack(models: [("one", base), ("two", tuned)], to: family)
+    let again = try Checkpoint.open("\(path)@\(family)/one")
+    #expect(try again.bytes(of: again.tensor("w")) == tuned.bytes(of: tuned.tensor("w")))
+    #expect(throws: CheckpointError.self) { try Checkpoint.open("\(path)@\(tuned.path)") }
+    // A file of that name is itself.
+    try FileManager.default.copyItem(atPath: base.path, toPath: folder("a.safetensors.zst@b"))
+    #expect(try Checkpoint.open(folder("a.safetensors.zst@b")).manifest.tensors.count == 2)
+  }
+
+  @Test(arguments: [3, 4])
+  func `keeps an expert as its difference from the nearest of all before it`(count: Int) throws {
+    // The last is like the second, and no other like any.
+    var samples = (0..<count).map { Sample.weights("w", .bf16, [150, 150], seed: UInt64($0)) }
+    var generator = SeededGenerator(seed: 9)
+    samples[count - 1] = Sample(
+      "w", .bf16, [150, 150],
+      values: Array(samples[1].values.map { $0 + generator.normal(0.0001) }))
+    let path = folder("b.safetensors.zst")
+    let models = try samples.enumerated().map {
+      (
+        name: "e\($0)",
+        source: try writeSafetensors([$1], to: folder("e\($0).safetensors")) as any TensorSource
+      )
+    }
+    try Bundle.pack(models: models, to: path)
+    let bundle = try BundleSource(path)
+    try bundle.verify()
+    let references = bundle.recipe.models.map { $0.tensors[0].reference }
+    #expect(references.dropLast().allSatisfy { $0 == nil })
+    #expect(references.last == .inside("e1/w"))
+    #expect(bundle.recipe.version == 1)
+  }
+
+  @Test func `finds the nearest among many experts`() throws {
+    var samples = (0..<12).map {
+      Sample.weights("layers.3.experts.\($0).w", .f32, [100, 90], seed: UInt64($0))
+    }
+    var generator = SeededGenerator(seed: 9)
+    samples.append(
+      Sample(
+        "layers.3.experts.12.w", .f32, [100, 90],
+        values: samples[7].values.map { $0 + generator.normal(0.00001) }))
+    let source = try writeSafetensors(samples, to: folder("in.safetensors"))
+    try Bundle.pack(source, to: folder("b.safetensors.zst"))
+    let bundle = try BundleSource(folder("b.safetensors.zst"))
+    let last = bundle.recipe.models[0].tensors.first { $0.tensor.name == samples[12].tensor.name }
+    #expect(last?.reference == .inside(samples[7].tensor.name))
+    try expectUnpacks(folder("b.safetensors.zst"), as: source)
+  }
+
+  @Test func `differences from differences are rows of three at most`() throws {
+    var generator = SeededGenerator(seed: 3)
+    var values = (0..<30_000).map { _ in generator.normal(0.02) }
+    var models: [(name: String, source: any TensorSource)] = []
+    for index in 0..<7 {
+      let source = try writeSafetensors(
+        [Sample("w", .bf16, [30_000], values: values)], to: folder("m\(index).safetensors"))
+      models.append(("m\(index)", source))
+      values = values.map { $0 + generator.normal(0.0002) }
+    }
+    let path = folder("b.safetensors.zst")
+    try Bundle.pack(models: models, to: path)
+    let bundle = try BundleSource(path)
+    try bundle.verify()
+    #expect(bundle.recipe.version == 2)
+    let file = try BundleFile(path, base: nil)
+    #expect(file.tensors.map { $0.depth }.max() == 3)
+    for (name, source) in models {
+      let model = try bundle.model(name)
+      #expect(try model.bytes(of: model.tensor("w")) == source.bytes(of: source.tensor("w")))
+    }
+    // Outside the first, the same; the others need the base through a row.
+    try Bundle.pack(models: Array(models.dropFirst()), against: models[0].source, to: path)
+    let outside = try BundleSource(path, base: models[0].source)
+    try outside.verify()
+    let wrong = try BundleFile(path, base: nil)
+    #expect(throws: CheckpointError.self) {
+      try wrong.base.prove(for: wrong.withReferences([3]), workers: 1)
+    }
+  }
+
+  @Test func `of a family is packed as a family again`() throws {
+    let (base, tuned) = try family(.bf16)
+    let paths = [folder("b.safetensors.zst"), folder("again.safetensors.zst")]
+    try Bundle.pack(models: [("base", base), ("tuned", tuned)], to: paths[0])
+    try Bundle.pack(BundleSource(paths[0]), to: paths[1])
+    #expect(try contents(of: paths[0]) == contents(of: paths[1]))
+    // One model of it, or some tensors, are a checkpoint.
+    for part in [
+      try BundleSource(paths[0]).model("tuned"),
+      try BundleSource(paths[0]).selecting { $0.name == "tuned/w" },
+    ] {
+      try Bundle.pack(part, to: paths[1])
+      #expect(try BundleSource(paths[1]).models == [""])
+    }
+  }
+
+  @Test(arguments: [DType.bf16, .f16], [1, 7, 8, 1000, 16_384, 100_003, 1 << 20])
+  func `sorts steps by wide registers as by a plain loop`(dtype: DType, count: Int) throws {
+    guard Steps.splits(2) else { return }
+    // Weights, any bits at all, and few bits that repeat.
+    var generator = SeededGenerator(seed: UInt64(count))
+    let others = (0..<3).map { kind -> [UInt8] in
+      switch kind {
+      case 0: Sample.weights("w", dtype, [count], seed: 1).bytes
+      case 1: (0..<2 * count).map { _ in UInt8.random(in: 0...255, using: &generator) }
+      default: (0..<2 * count).map { _ in UInt8.random(in: 0...255, using: &generator) & 0x81 }
+      }
+    }
+    let blank = { PinnedBytes(count: 2 * count + 64) }
+    let scratch = PinnedBytes(count: Steps.scratch)
+    for other in others {
+      let mine = other.map { UInt8.random(in: 0..<4, using: &generator) == 0 ? $0 ^ 3 : $0 }
+      let (elements, reference, codes, planes) = (blank(), blank(), blank(), blank())
+      elements.bytes.copyBytes(from: mine)
+      reference.bytes.copyBytes(from: other)
+      Steps.difference(
+        of: count, width: 2, UnsafeRawPointer(elements.start),
+        from: UnsafeRawPointer(reference.start), into: codes.start)
+      Steps.split(
+        elements, count: count, from: reference,
+        into: (planes.octets, planes.octets + count), scratch)
+      for plane in 0..<2 {
+        let expected = PinnedBytes(count: count)
+        Planes.extract(
+          plane, of: count, width: 2, rotation: 0, from: UnsafeRawPointer(codes.start),
+          into: expected.octets)
+        #expect(
+          expected.first(count).elementsEqual(planes.part(plane * count..<(plane + 1) * count)))
+      }
+      Steps.add(
+        (UnsafePointer(planes.octets), UnsafePointer(planes.octets + count)), count: count,
+        to: reference.start, codes, scratch)
+      #expect(reference.first(2 * count).elementsEqual(mine))
     }
   }
 

@@ -21,15 +21,32 @@ import Testing
       for (name, range) in frames where range.contains(bit / 8) {
         #expect(error.tensor == name, "bit \(bit): \(error)")
       }
+      // What is no tensor's is named too, or the tensor that no longer fits.
+      let names = ["header", "seek table"]
+      #expect(
+        error.tensor != nil || names.contains { error.problem.contains($0) },
+        "bit \(bit): \(error)")
     }
   }
 
-  @Test func `shows every truncation`() throws {
-    let (bytes, _) = try smallBundle()
+  @Test func `shows every truncation and names what is cut off first`() throws {
+    let (bytes, frames) = try smallBundle()
+    let first = frames.map { $0.1.lowerBound }.min()!
     let path = folder("short.safetensors.zst")
     for count in bytes.indices {
       try Data(bytes[..<count]).write(to: URL(fileURLWithPath: path))
-      #expect(problem(in: path) != nil, "\(count) of \(bytes.count) bytes")
+      let error = try #require(problem(in: path), "\(count) of \(bytes.count) bytes")
+      if let (name, _) = frames.sorted(by: { $0.1.lowerBound < $1.1.lowerBound }).first(where: {
+        count < $0.1.upperBound
+      }), count >= first {
+        #expect(error.tensor == name, "\(count): \(error)")
+        #expect(
+          error.problem == "it is cut off where the file ends, at byte \(count)", "\(error)")
+      } else {
+        #expect(error.tensor == nil)
+        #expect(
+          error.problem.contains(count < first ? "header" : "seek table"), "\(count): \(error)")
+      }
     }
   }
 
@@ -101,13 +118,29 @@ import Testing
       ),
       (
         plain + "," + entry("a", "c") + "," + entry("b", "a"),
-        "refers to \"a\", which is itself a difference from another"
+        "refers to a tensor that is itself a difference from another, 2 in a row"
       ),
     ]
     for (entries, expected) in cases {
       try writeBundle(
         recipe: recipe(entries), planes, [[0, 0], [0, 0], [0, 0], [0, 0], [0, 0], [0, 0]])
       #expect(problem(in: folder("b.safetensors.zst"))?.problem == expected)
+    }
+    // The second version has rows of three.
+    for (count, version) in [(2, 2), (4, 2), (5, 2)] {
+      let names = (0..<count).map { "t\($0)" }
+      let row = zip(names.dropFirst(), names).map { entry($0, $1) }
+      let head = plain.replacing("\"c\"", with: "\"t0\"")
+      try writeBundle(
+        recipe: recipe(([head] + row).joined(separator: ","), version: version),
+        try names.map { try TensorInfo(name: $0, dtype: .u8, shape: [2, 2]) },
+        Array(repeating: [0, 0], count: 2 * count))
+      let problem = problem(in: folder("b.safetensors.zst"))?.problem
+      #expect(
+        problem
+          == (count < 5
+            ? "does not have the checksum that was recorded"
+            : "refers to a tensor that is itself a difference from another, 4 in a row"))
     }
   }
 
@@ -136,6 +169,19 @@ import Testing
     let error = try #require(problem(in: path))
     #expect(error.tensor == "a")
     #expect(error.problem == "is too large for so small a bundle")
+
+    // Products of as many rows as a matrix of zeros has take long.
+    let (rows, rank) = (1 << 10, 1 << 8)
+    let matrix = try [
+      TensorInfo(name: "l", dtype: .f32, shape: [rows, rank]),
+      TensorInfo(name: "r", dtype: .f32, shape: [rank, rows]),
+    ]
+    let small = (0..<4).map { i in
+      #"{"name":"\#(i)","dtype":"F32","shape":[\#(rows),\#(rows)],"xxh3":"0000000000000000","codec":"lowrank","parts":["l","r"]}"#
+    }
+    try writeBundle(recipe: recipe(small.joined(separator: ",")), matrix, zeros)
+    let slow = try #require(problem(in: path))
+    #expect(slow.problem == "asks for more multiplications than so small a bundle may")
   }
 
   @Test func `whose frames or seek table lie is refused`() throws {
@@ -278,8 +324,8 @@ extension `A bundle from a stranger` {
     return (try contents(of: path), frames)
   }
 
-  private func recipe(_ entries: String) -> String {
-    #"{"version":1,"models":[{"name":"","tensors":[\#(entries)]}]}"#
+  private func recipe(_ entries: String, version: Int = 1) -> String {
+    #"{"version":\#(version),"models":[{"name":"","tensors":[\#(entries)]}]}"#
   }
 
   /// A bundle of this recipe, however wrong, with these frames.

@@ -1,9 +1,10 @@
 import functools, json
 import ml_dtypes, numpy as np
 
-TYPES = {"F64": "f8", "F32": "f4", "F16": "f2", "BF16": "bfloat16", "I64": "i8", "I32": "i4", "I16": "i2",
-         "I8": "i1", "U64": "u8", "U32": "u4", "U16": "u2", "U8": "u1", "BOOL": "?", "C64": "c8",
-         "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
+TYPES = dict(F64="f8", F32="f4", F16="f2", BF16="bfloat16", C64="c8", BOOL="?", F8_E8M0="float8_e8m0fnu",
+             F8_E4M3="float8_e4m3fn", F8_E5M2="float8_e5m2", F8_E4M3FNUZ="float8_e4m3fnuz",
+             F8_E5M2FNUZ="float8_e5m2fnuz", F4="u1", F6_E2M3="u1", F6_E3M2="u1")  # the last three stay packed
+TYPES |= {f"{kind.upper()}{8 * w}": f"{kind}{w}" for kind in "iu" for w in (1, 2, 4, 8)}
 PARTS = {"sparse": ["#gaps", "#values"], "lowrank": ["#left", "#right"],
          "int8": ["", "#scale"], "int4": ["", "#scale"], "sign1": ["", "#scale"]}
 CODES = {"int8": lambda q: q.ravel(), "sign1": lambda q: np.unpackbits(q, bitorder="little").astype("i1") * 2 - 1,
@@ -11,13 +12,11 @@ CODES = {"int8": lambda q: q.ravel(), "sign1": lambda q: np.unpackbits(q, bitord
 BLOCK = 1 << 20
 
 def join(planes, rotation):  # planes of bytes, most significant first, to unsigned integers
-    w = len(planes)
-    u = planes[::-1].T.copy().view(f"u{w}").ravel()
+    w, u = len(planes), planes[::-1].T.copy().view(f"u{len(planes)}").ravel()
     return u >> rotation | u << (8 * w - rotation) if rotation else u
 
 def add_steps(codes, reference):  # steps from float to float, sorted by the reference's leading byte
-    bits, out = 8 * codes.itemsize, reference.copy()
-    top = np.array(1 << (bits - 1), codes.dtype)
+    bits, out, top = 8 * codes.itemsize, reference.copy(), np.array(1 << (8 * codes.itemsize - 1), codes.dtype)
     for b in range(0, out.size, BLOCK):
         r, code, steps = out[b:b + BLOCK], codes[b:b + BLOCK], np.empty_like(codes[b:b + BLOCK])
         steps[np.argsort((r << 1 | r >> (bits - 1)) >> (bits - 8), kind="stable")] = code >> 1 ^ -(code & 1)
@@ -34,14 +33,15 @@ def fill(gaps, values, out):  # runs of zeros before values; 254 is a run withou
 def load(file, names=None, base={}):
     """Tensors by name, of a bundle opened by pyzstd.SeekableZstdFile or decompressed by zstd -d."""
     read = lambda begin, end: (file.seek(begin), file.read(end - begin))[1]
+    shaped = lambda x, t: x.reshape(-1 if t["dtype"][:2] in ("F4", "F6") else t["shape"])
     start = 8 + int.from_bytes(read(0, 8), "little")
     header = json.loads(read(8, start))
     models = json.loads(header["__metadata__"]["bundle"])["models"]
     recipe = {"/".join(filter(None, [m["name"], t["name"]])): t for m in models for t in m["tensors"]}
 
     def part(name):
-        dtype, shape, (begin, end) = (header[name][k] for k in ("dtype", "shape", "data_offsets"))
-        return np.frombuffer(read(start + begin, start + end), TYPES[dtype]).reshape(shape)
+        begin, end = header[name]["data_offsets"]
+        return shaped(np.frombuffer(read(start + begin, start + end), TYPES[header[name]["dtype"]]), header[name])
 
     @functools.cache
     def tensor(name):
@@ -55,5 +55,5 @@ def load(file, names=None, base={}):
         else: x = {"raw": lambda: p[0], "planes": lambda: join(p[0], rotation), "xor": lambda: join(p[0], 0) ^ other,
                    "ulp": lambda: add_steps(join(p[0], 0), other),
                    "sparse": lambda: fill(p[0], join(p[1], rotation), np.zeros(count, other.dtype))}[codec]()
-        return x.view(dtype).reshape(t["shape"])
+        return shaped(x.view(dtype), t)
     return {name: tensor(name) for name in names or recipe}

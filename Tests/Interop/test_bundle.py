@@ -36,7 +36,7 @@ def load_file(path):
         name: np.frombuffer(
             data[start + t["data_offsets"][0] : start + t["data_offsets"][1]],
             bundle_reader.TYPES[t["dtype"]],
-        ).reshape(t["shape"])
+        ).reshape(-1 if t["dtype"][:2] in ("F4", "F6") else t["shape"])
         for name, t in header.items()
     }
 
@@ -174,6 +174,90 @@ class Bundles(unittest.TestCase):
             self.assert_reads(bundle, back)
             codecs |= {t["codec"] for t in recipe(bundle)["models"][0]["tensors"]}
         self.assertEqual(codecs, {"raw", "planes", "ulp", "xor", "sparse", "int8", "int4", "sign1", "lowrank"})
+
+    def test_numpy_reads_every_type(self):
+        random, header, data = np.random.default_rng(6), {}, b""
+        bits = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
+        for dtype in sorted(bundle_reader.TYPES):
+            width = bits.get(dtype, 8 * np.dtype(bundle_reader.TYPES[dtype]).itemsize)
+            first = random.integers(0, 2 if dtype == "BOOL" else 256, 6 * 700 * width // 8, np.uint8)
+            near = first.copy()
+            near[::997] ^= 1
+            # As it is, a second one like it, no element at all and a scalar.
+            for name, shape, tensor in [("experts.0", [6, 700], first), ("experts.1", [6, 700], near),
+                                        ("empty", [0, 3], first[:0]), ("scalar", [], first[: width // 8])]:
+                if width % 8 == 0 or shape:
+                    header[f"{dtype}.{name}"] = {"dtype": dtype, "shape": shape,
+                                                 "data_offsets": [len(data), len(data) + tensor.nbytes]}
+                    data += tensor.tobytes()
+        text = json.dumps(header).encode()
+        source, bundle = self.out / "in.safetensors", self.out / "b.safetensors.zst"
+        source.write_bytes(len(text).to_bytes(8, "little") + text + data)
+        result = smelt("pack", source, bundle)
+        self.assertEqual(result.returncode, 0, result.stderr)
+        self.assertEqual(len({t["dtype"] for t in header.values()}), 22)
+        self.assert_reads(bundle, source)
+        smelt("unpack", bundle, "-o", self.out / "out.safetensors")
+        self.assertEqual((self.out / "out.safetensors").read_bytes(), source.read_bytes())
+
+    def test_numpy_reads_rows_of_differences(self):
+        random, models, weights = np.random.default_rng(7), {}, None
+        for name, step in {"base": 1, "one": 0.1, "two": 1e-3, "three": 1e-5}.items():
+            change = np.float32(step) * random.standard_normal((300, 300), dtype=np.float32)
+            weights = change if weights is None else weights + change
+            models[name] = self.out / f"{name}.safetensors"
+            save_file({"w": weights}, models[name])
+        bundle, named = self.out / "b.safetensors.zst", [f"{name}={models[name]}" for name in ["one", "two", "three"]]
+        result = smelt("pack", "--base", models["base"], *named, bundle)
+        self.assertEqual(result.returncode, 0, result.stderr)
+        found = recipe(bundle)
+        self.assertEqual([m["tensors"][0].get("reference") for m in found["models"]],
+                         [None, "base/w", "one/w", "two/w"])
+        self.assertEqual(found["version"], 2)
+        with pyzstd.SeekableZstdFile(bundle) as file:
+            read = bundle_reader.load(file)
+        for name, path in models.items():
+            self.assertEqual(read[f"{name}/w"].tobytes(), load_file(path)["w"].tobytes())
+
+    def test_every_command_reads_a_bundle_of_differences_beside_its_base(self):
+        base, tuned, other = (FIXTURES / f"digits/{name}.safetensors" for name in ["base", "upright", "inverted"])
+        bundle, out = self.out / "b.safetensors.zst", self.out / "out.safetensors"
+        smelt("pack", tuned, bundle, "--against", base)
+        both = f"{bundle}@{base}"
+        for command in [["verify", "--data", both], ["verify", tuned, "--against", both], ["diff", both, tuned],
+                        ["inspect", both], ["convert", both, self.out / "out.h5"],
+                        ["pack", both, self.out / "alone.safetensors.zst"],
+                        ["upscale", "--base", base, "--expert", f"a={both}", "--expert", f"b={other}", "-o",
+                         self.out / "moe.h5"]]:  # fmt: skip
+            result = smelt(*command)
+            self.assertEqual(result.returncode, 0, result.stderr)
+        self.assertEqual(smelt("convert", both, out).returncode, 0)
+        self.assertEqual(out.read_bytes(), tuned.read_bytes())
+        recipe = self.out / "recipe.yml"
+        recipe.write_text(f"models:\n- model: {both}\n- model: {tuned}\nmerge_method: linear\ndtype: float32\n"
+                          "parameters: {weight: 0.5}\n")  # fmt: skip
+        merged = self.out / "merged.safetensors"
+        result = smelt("merge", recipe, merged)
+        self.assertEqual(result.returncode, 0, result.stderr)
+        self.assertEqual(smelt("diff", merged, tuned).returncode, 0)
+        # The output is not written over either of them.
+        result = smelt("convert", both, bundle)
+        self.assertEqual(result.returncode, 1)
+        self.assertIn("is also an input", result.stderr)
+        for path, words in [(bundle, "b.safetensors.zst@BASE"), (f"{bundle}@{other}", "was packed against")]:
+            result = smelt("diff", path, tuned)
+            self.assertEqual(result.returncode, 1)
+            self.assertIn(words, result.stderr)
+
+    def test_a_bundle_of_a_family_is_packed_as_one_again(self):
+        base, one, two = (FIXTURES / f"digits/{name}.safetensors" for name in ["base", "upright", "inverted"])
+        bundle, again = self.out / "b.safetensors.zst", self.out / "again.safetensors.zst"
+        smelt("pack", "--base", base, f"one={one}", f"two={two}", bundle)
+        for command in ["pack", "convert"]:
+            result = smelt(command, bundle, again)
+            self.assertEqual(result.returncode, 0, result.stderr)
+            self.assertEqual(again.read_bytes(), bundle.read_bytes())
+            again.unlink()
 
     def test_numpy_reads_differences_from_a_base_outside(self):
         base, tuned = (FIXTURES / f"digits/{name}.safetensors" for name in ["base", "upright"])

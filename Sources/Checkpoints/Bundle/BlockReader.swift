@@ -36,5 +36,7 @@ final class BlockReader: @unchecked Sendable {
   }
 
   /// Bytes that all of it takes.
-  static func memory(blockSize: Int) -> Int { 3 * blockSize + Steps.scratch + (2 + 4 + 1 + 4 + 4) << 20 }
+  static func memory(blockSize: Int) -> Int {
+    3 * blockSize + Steps.scratch + (2 + 4 + 1 + 4 + 4) << 20
+  }
 }

@@ -13,6 +13,9 @@ extension Bundle {
     /// The binary logarithm of how many times larger than its frames what is unpacked may be;
     /// zeros, the smallest that there is, are about 2¹⁵ times.
     private static let largestExpansion = 20
+    /// Multiplications for each byte of the frames that products of thin matrices may ask for. A
+    /// square matrix of 2¹⁷ rows asks for 2¹⁴.
+    private static let mostMultiplications = 0x1p16
 
     private let path: String
     private let inner: Manifest
@@ -32,7 +35,7 @@ extension Bundle {
       self.inner = inner.manifest
       self.path = path
       cuts = Array(repeating: nil, count: inner.manifest.tensors.count)
-      var (headerSize, tensorSize) = (0, 0)
+      var (headerSize, tensorSize, multiplications) = (0, 0, 0.0)
       for model in recipe.models {
         headers.append(try model.header.map { (name) throws(CheckpointError) in try header(name) })
         // All of them are kept in memory, and models may share one.
@@ -52,6 +55,12 @@ extension Bundle {
             throw malformed(name, "is too large for so small a bundle")
           }
           tensorSize = sum
+          if entry.codec == .lowrank {
+            multiplications += Double(tensors.last!.rank) * Double(entry.tensor.elementCount)
+            guard multiplications <= Self.mostMultiplications * Double(table.starts.last!) else {
+              throw malformed(name, "asks for more multiplications than so small a bundle may")
+            }
+          }
           positions[ExactName(name)] = tensors.count - 1
         }
       }
@@ -72,6 +81,8 @@ extension Bundle {
     /// The positions of its parts.
     let parts: [Int]
     let reference: Reference?
+    /// How many tensors of the bundle have to be decoded first, each for the next.
+    let depth: Int
     /// For `planes` and `sparse`: how far elements are rotated.
     let rotation: Int
     /// For the quantised codecs: elements that share a scale.
@@ -87,7 +98,7 @@ extension Bundle {
 
   /// Another tensor that is needed to decode one.
   enum Reference: Sendable {
-    /// An earlier one of the bundle that needs none itself, by its position.
+    /// An earlier one of the bundle, by its position.
     case inside(Int)
     case base(String, checksum: UInt64)
   }
@@ -161,14 +172,19 @@ extension Bundle.Contents {
       parts.append(
         try claim(partName, as: shape, blocks: Codec.blocks(of: tensor), of: name))
     }
+    let reference = try reference(of: entry, tensor)
+    let depth = if case .inside(let other) = reference { tensors[other].depth + 1 } else { 0 }
+    guard depth <= Bundle.largestDepth(inVersion: recipe.version) else {
+      throw malformed(
+        name, "refers to a tensor that is itself a difference from another, \(depth) in a row")
+    }
     return Bundle.Stored(
       tensor: tensor, codec: codec, checksum: entry.checksum, parts: parts,
-      reference: try reference(of: entry, tensor), rotation: rotation,
+      reference: reference, depth: depth, rotation: rotation,
       group: group, rank: rank, error: entry.error.flatMap(Double.init))
   }
 
-  /// What the entry refers to: an earlier tensor like it that refers to none, so that no chain
-  /// or circle can be.
+  /// What the entry refers to: an earlier tensor like it, so that no circle can be.
   private func reference(of entry: Bundle.Recipe.Entry, _ tensor: TensorInfo)
     throws(CheckpointError) -> Bundle.Reference?
   {
@@ -184,10 +200,6 @@ extension Bundle.Contents {
           tensor.name, "refers to \(quoted(name)), which is not among the tensors before it")
       }
       let other = tensors[position]
-      guard other.reference == nil else {
-        throw malformed(
-          tensor.name, "refers to \(quoted(name)), which is itself a difference from another")
-      }
       guard other.tensor.dtype == tensor.dtype, other.tensor.elementCount == tensor.elementCount
       else {
         throw malformed(tensor.name, "refers to \(quoted(name)), which is of another size")

@@ -26,7 +26,9 @@ final class BundleFile: Sendable {
   var parts: [Bundle.Part] { contents.parts }
 
   init(_ path: String, base: (any TensorSource)?) throws(CheckpointError) {
-    frames = try FrameFile(path)
+    do { frames = try FrameFile(path) } catch {
+      throw (try? CutBundle(path).loss()) ?? error
+    }
     self.path = path
     let reader = BlockReader(blockSize: 0)
     let inner = try Self.readHeader(frames, reader)
@@ -105,6 +107,17 @@ final class BundleFile: Sendable {
 // MARK: - Reading
 
 extension BundleFile {
+  /// These tensors and those that they are differences from, each once.
+  func withReferences(_ positions: [Int]) -> [Bundle.Stored] {
+    var found = Set<Int>()
+    for var position in positions {
+      while found.insert(position).inserted, case .inside(let other) = tensors[position].reference {
+        position = other
+      }
+    }
+    return found.sorted().map { tensors[$0] }
+  }
+
   /// Fills `bytes` from byte `offset` of the tensor on.
   func read(_ index: Int, at offset: Int, into bytes: UnsafeMutableRawBufferPointer)
     throws(CheckpointError)

@@ -1,5 +1,5 @@
 extension Bundle {
-  /// Packs a checkpoint. The same input gives the same bytes whatever `workers` and `memory` are.
+  /// Packs a checkpoint; a bundle of a family becomes one again. The same input gives the same bytes whatever `workers` and `memory` are.
   ///
   /// - Parameters:
   ///   - base: a model that stays outside: tensors may be kept as differences from its own.
@@ -10,7 +10,8 @@ extension Bundle {
     _ source: any TensorSource, against base: (any TensorSource)? = nil, to path: String,
     lossy: Lossy? = nil, workers: Int = 2, memory: Int = 1 << 30
   ) throws {
-    try pack([("", source)], against: base, to: path, lossy: lossy, workers, memory)
+    let models = (source as? BundleSource)?.family.map { $0.map { ($0.name, $0.source) } }
+    try pack(models ?? [("", source)], against: base, to: path, lossy: lossy, workers, memory)
   }
 
   /// Packs a family of models, each under its name. Tensors may be kept as differences from

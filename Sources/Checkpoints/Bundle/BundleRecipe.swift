@@ -2,6 +2,7 @@ extension Bundle {
   /// How to get the models back from the bundle's inner tensors: the JSON text in its metadata.
   struct Recipe: Sendable {
     var models: [Model]
+    var version = Bundle.versions.lowerBound
 
     /// One checkpoint in the bundle. A bundle of a single checkpoint has one without a name.
     struct Model: Sendable {
@@ -47,7 +48,7 @@ extension Bundle {
 extension Bundle.Recipe {
   var json: String {
     let models = models.map { $0.json }.joined(separator: ",")
-    return "{\"version\":\(Bundle.version),\"models\":[\(models)]}"
+    return "{\"version\":\(version),\"models\":[\(models)]}"
   }
 }
 
@@ -121,12 +122,13 @@ extension Bundle.Recipe {
       }
     }
     try scanner.expectEnd()
-    guard version == Bundle.version else {
+    guard let version, Bundle.versions.contains(version) else {
       throw scanner.failure(
-        "its version is \(version.map(String.init) ?? "missing"), not \(Bundle.version)")
+        "its version is \(version.map(String.init) ?? "missing"), not one of \(Bundle.versions.map(String.init).joined(separator: ", "))"
+      )
     }
     guard let models, !models.isEmpty else { throw scanner.failure("it has no models") }
-    return Self(models: models)
+    return Self(models: models, version: version)
   }
 }
 

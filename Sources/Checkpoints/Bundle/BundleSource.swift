@@ -10,6 +10,8 @@ public final class BundleSource: TensorSource {
   private let file: BundleFile
   /// Where each of this source's tensors is among the file's.
   private let positions: [Int]
+  /// Whether it is one model alone, under its tensors' own names.
+  private let isModel: Bool
 
   /// Opens a bundle. The tensors of one that holds several models are named `MODEL/TENSOR`.
   ///
@@ -20,6 +22,7 @@ public final class BundleSource: TensorSource {
 
   private init(_ file: BundleFile) {
     self.file = file
+    isModel = false
     path = file.path
     positions = Array(file.tensors.indices)
     let models = file.models
@@ -28,11 +31,21 @@ public final class BundleSource: TensorSource {
       ? models[0].manifest : Manifest(file.tensors.map { $0.tensor })
   }
 
-  private init(_ file: BundleFile, _ manifest: Manifest, _ positions: [Int]) {
+  private init(
+    _ file: BundleFile, _ manifest: Manifest, _ positions: [Int], isModel: Bool = false
+  ) {
     self.file = file
+    self.isModel = isModel
     path = file.path
     self.positions = positions
     self.manifest = manifest
+  }
+
+  /// If this is all of a bundle that has named models: these, each with its name.
+  public var family: [(name: String, source: BundleSource)]? {
+    let names = models
+    guard names != [""], positions.count == file.tensors.count, !isModel else { return nil }
+    return names.map { ($0, try! model($0)) }
   }
 
   /// The names of the models; of a single checkpoint the empty name.
@@ -46,7 +59,8 @@ public final class BundleSource: TensorSource {
         remedy: "it holds \(models.map(quoted).joined(separator: ", "))")
     }
     let count = model.manifest.tensors.count
-    return BundleSource(file, model.manifest, Array(model.first..<model.first + count))
+    return BundleSource(
+      file, model.manifest, Array(model.first..<model.first + count), isModel: true)
   }
 
   /// The tensors for which `isIncluded` is true.
@@ -97,7 +111,7 @@ public final class BundleSource: TensorSource {
   ///
   /// Reading a tensor does so too; this finds out before anything is done with another.
   public func proveBase(workers: Int) throws {
-    try file.base.prove(for: positions.map { file.tensors[$0] }, workers: workers)
+    try file.base.prove(for: file.withReferences(positions), workers: workers)
   }
 
   /// Bytes that a worker takes to decode and to hold a piece of a tensor.
@@ -134,8 +148,8 @@ public final class BundleSource: TensorSource {
     of tensors: [TensorInfo], workers: Int,
     _ body: @Sendable (TensorInfo, Int, RawSpan) throws -> Void
   ) throws {
-    let stored = try tensors.map { file.tensors[position(of: try tensor($0.name))] }
-    try file.base.prove(for: stored, workers: workers)
+    let wanted = try tensors.map { position(of: try tensor($0.name)) }
+    try file.base.prove(for: file.withReferences(wanted), workers: workers)
     let pieces = Pieces(of: tensors, size: Self.pieceSize)
     let turnstile = Turnstile()
     // Touched only in the turnstile, by one thread at a time and in order.

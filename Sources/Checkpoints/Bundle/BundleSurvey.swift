@@ -32,7 +32,7 @@ extension Bundle {
     let tensor: TensorInfo
     let source: any TensorSource
     /// Its position among the tensors of the bundle, unless it is the base's.
-    let position: Int?
+    var position: Int?
     /// The checksum of a base's tensor, once it is known to be of use.
     var checksum: UInt64 = 0
   }

@@ -22,7 +22,7 @@ final class FrameFile: Sendable {
         try file.bytes(at: last.range.lowerBound, count: last.range.count), count: table.count)
     else {
       throw CheckpointError(
-        file: path, "has no checksums of its frames",
+        file: path, "has no checksums of its frames before its seek table",
         remedy: "it is not a bundle, or damaged: get it again")
     }
     self.table = table
@@ -50,12 +50,13 @@ final class FrameFile: Sendable {
     bytesRead.wrappingAdd(range.count, ordering: .relaxed)
     guard FrameChecksums.of(scratch.first(range.count)) == checksums[index] else {
       throw CheckpointError(
-        file: path, tensor: tensor, "has a damaged frame",
+        file: path, tensor: tensor, "has a damaged \(tensor == nil ? "header" : "frame")",
         remedy: "the bundle is damaged: get it again")
     }
     if let problem = decoder.decode(scratch.first(range.count), into: content) {
       throw CheckpointError(
-        file: path, tensor: tensor, problem, remedy: "the bundle is damaged: get it again")
+        file: path, tensor: tensor, tensor == nil ? "has a damaged header: it \(problem)" : problem,
+        remedy: "the bundle is damaged: get it again")
     }
   }
 }

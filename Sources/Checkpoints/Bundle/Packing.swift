@@ -13,6 +13,9 @@ struct Packing: Sendable {
   /// All frames: which of which stream, and the bytes that it holds.
   var frames: [(stream: Int, index: Int, size: Int)] = []
 
+  /// How a tensor is kept as the difference from which other.
+  typealias Difference = (choice: Bundle.Choice, candidate: Bundle.Candidate)
+
   struct Planned: Sendable {
     let tensor: TensorInfo
     let fullName: String
@@ -20,7 +23,9 @@ struct Packing: Sendable {
     var finding = Bundle.Finding()
     var choice: Bundle.Choice { difference?.choice ?? finding.own }
     /// How it is kept as a difference, if it is.
-    var difference: (choice: Bundle.Choice, candidate: Bundle.Candidate)?
+    var difference: Difference?
+    /// How many tensors of the bundle have to be decoded first, each for the next.
+    var depth = 0
     /// The position of an earlier tensor with the same bytes.
     var twin: Int?
   }

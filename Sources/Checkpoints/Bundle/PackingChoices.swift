@@ -6,7 +6,7 @@ extension Packing {
     throws
   {
     let factors = factors
-    let candidates = candidates(against: base)
+    let candidates = try candidates(against: base, workers: workers)
     let tensors = tensors
     let findings = Mutex([Bundle.Finding?](repeating: nil, count: tensors.count))
     try forEachStep(count: tensors.count, workers: workers) {
@@ -42,48 +42,7 @@ extension Packing {
     return min(affordable, memory / need(largest))
   }
 
-  /// For each tensor those that it may resemble: the base's of the same name, and of those whose
-  /// names differ from its own in the model's name or in one number (another expert's, another
-  /// layer's) the first and the one just before it.
-  private func candidates(against base: (any TensorSource)?) -> [[Bundle.Candidate]] {
-    var seen: [String: (first: Int, last: Int)] = [:]
-    return tensors.enumerated().map { index, planned in
-      let tensor = planned.tensor
-      var found: [Bundle.Candidate] = []
-      func isLike(_ other: TensorInfo) -> Bool {
-        other.dtype == tensor.dtype && other.shape == tensor.shape
-      }
-      if let base, let other = base.manifest[tensor.name], isLike(other) {
-        found.append(Bundle.Candidate(tensor: other, source: base, position: nil))
-      }
-      for pattern in patterns(of: planned) {
-        let earlier = seen[pattern]
-        seen[pattern] = (earlier?.first ?? index, index)
-        for position in earlier.map({ [$0.first, $0.last] }) ?? [] {
-          let other = tensors[position]
-          guard isLike(other.tensor), !found.contains(where: { $0.position == position }) else {
-            continue
-          }
-          found.append(
-            Bundle.Candidate(tensor: other.tensor, source: other.source, position: position))
-        }
-      }
-      return Array(found.prefix(5))
-    }
-  }
-
-  /// The tensor's name without its model's, and its full name with one number left out each, the
-  /// last first: experts are counted within layers.
-  private func patterns(of planned: Planned) -> [String] {
-    let pieces = planned.fullName.split(separator: ".", omittingEmptySubsequences: false)
-    let withoutNumber = pieces.indices.reversed().filter { Int(pieces[$0]) != nil }.map { place in
-      pieces.enumerated().map { $0 == place ? "*" : String($1) }.joined(separator: ".")
-    }
-    let isOfMany = planned.fullName != planned.tensor.name
-    return (isOfMany ? ["*/" + planned.tensor.name] : []) + withoutNumber
-  }
-
-  /// Decides what is kept as what, in order, so that no tensor refers to one that refers itself.
+  /// Decides what is kept as what, in order, so that no row of differences gets too long.
   mutating func settle() throws {
     var seen: [Likeness: Int] = [:]
     for index in tensors.indices {
@@ -100,14 +59,36 @@ extension Packing {
         tensors[index].twin = twin
         continue
       }
-      tensors[index].difference = finding.differences.first { _, candidate in
-        guard let position = candidate.position else { return true }
-        let other = tensors[position]
-        return other.difference == nil && other.twin == nil && !other.choice.codec.isLossy
+      if let (difference, depth) = choose(among: finding.differences) {
+        tensors[index].difference = difference
+        tensors[index].depth = depth
       }
       seen[key(tensor.shape)] = seen[key(tensor.shape)] ?? index
       if lossy == nil, tensors[index].choice.codec != .raw { seen[key(nil)] = index }
     }
+  }
+
+  /// The first of these differences, best first, that may be; a longer row of them has to save a
+  /// twentieth for each tensor more that it makes a reader decode.
+  private func choose(among differences: [Difference]) -> (difference: Difference, depth: Int)? {
+    let possible = differences.compactMap { one -> (difference: Difference, depth: Int)? in
+      var difference = one
+      guard var position = difference.candidate.position else { return (difference, 0) }
+      // Of two with the same bytes, the one that is there.
+      position = tensors[position].twin ?? position
+      difference.candidate.position = position
+      let other = tensors[position]
+      let depth = other.depth + 1
+      guard !other.choice.codec.isLossy,
+        depth <= Bundle.largestDepth(inVersion: Bundle.versions.upperBound)
+      else { return nil }
+      return (difference, depth)
+    }
+    func price(_ one: (difference: Difference, depth: Int)) -> Int {
+      let cost = one.difference.choice.cost
+      return cost + cost / 20 * max(0, one.depth - 1)
+    }
+    return possible.min { price($0) < price($1) }
   }
 
   private func isSame(_ index: Int, _ other: Int) throws -> Bool {

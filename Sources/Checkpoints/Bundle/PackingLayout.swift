@@ -2,6 +2,9 @@ extension Packing {
   /// Names the parts, writes the recipe and puts the streams into the order of the file.
   mutating func layOut(_ models: [(name: String, source: any TensorSource)]) throws {
     var recipe = Bundle.Recipe(models: [])
+    recipe.version = Bundle.versions.first {
+      Bundle.largestDepth(inVersion: $0) >= tensors.lazy.map { $0.depth }.max() ?? 0
+    }!
     var names = PartNames(taken: Set(tensors.map { ExactName($0.fullName) }))
     var parts: [TensorInfo] = []
     var streamsOfPart: [ExactName: [Stream]] = [:]

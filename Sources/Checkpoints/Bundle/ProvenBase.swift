@@ -63,7 +63,7 @@ final class ProvenBase: Sendable {
       throw CheckpointError(
         file: path, tensor: stored.tensor.name,
         "is kept as a difference from a base model that is not in the bundle",
-        remedy: "name the base: 'smelt unpack --against BASE'")
+        remedy: "name the base after an @, as in \(split(path).name)@BASE")
     }
     guard let tensor = source.manifest[name], tensor.dtype == stored.tensor.dtype,
       tensor.elementCount == stored.tensor.elementCount

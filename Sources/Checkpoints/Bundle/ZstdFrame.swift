@@ -57,7 +57,8 @@ struct FrameEncoder: ~Copyable {
     contexts = [
       .literals: context(literals),
       // No block of a frame is larger than its window.
-      .runs: context(literals + [(ZSTD_c_windowLog, Int32(ZstdFrame.runSize.trailingZeroBitCount))]),
+      .runs: context(
+        literals + [(ZSTD_c_windowLog, Int32(ZstdFrame.runSize.trailingZeroBitCount))]),
       .matches: context([checked, fastest]),
       .text: context([checked, (ZSTD_c_compressionLevel, 12)]),
     ]

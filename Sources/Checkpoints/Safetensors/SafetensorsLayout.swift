@@ -63,10 +63,13 @@ extension Safetensors.Layout {
     }
   }
 
+  /// - Parameter fileSize: nil if the file is as large as the header says.
   /// - Throws: what is wrong with the header, by name.
-  init(parsing header: [UInt8], fileSize: Int, path: String) throws(CheckpointError) {
+  init(parsing header: [UInt8], fileSize: Int?, path: String) throws(CheckpointError) {
     let (entries, metadata, checksums) = try Self.parse(header, path: path)
     let dataStart = 8 + header.count
+    let (own, overflow) = dataStart.addingReportingOverflow(entries.ranges.last?.end ?? 0)
+    let fileSize = fileSize ?? (overflow ? .max : own)
     manifest = try Manifest(proving: entries.tensors, metadata, header) {
       CheckpointError(file: path, tensor: $0.name, "the header names it twice")
     }
