@@ -38,6 +38,7 @@ struct Pack: ParsableCommand {
     transform: Bundle.Lossy.init(argument:))
   var lossy: Bundle.Lossy?
 
+  @OptionGroup var durability: Durability
   @OptionGroup var resources: Resources
 
   private var output: String { paths.last ?? "" }
@@ -67,11 +68,11 @@ struct Pack: ParsableCommand {
     if base == nil {
       try Bundle.pack(
         sources[0].source, against: outside, to: output, lossy: lossy, workers: resources.jobs,
-        memory: resources.memory.bytes)
+        memory: resources.memory.bytes, synced: durability.isSynced)
     } else {
       try Bundle.pack(
         models: sources, to: output, lossy: lossy, workers: resources.jobs,
-        memory: resources.memory.bytes)
+        memory: resources.memory.bytes, synced: durability.isSynced)
     }
     try say(sources.map { $0.source })
   }

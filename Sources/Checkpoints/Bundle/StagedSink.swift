@@ -10,9 +10,11 @@ final class StagedSink: TensorSink {
   private let stagePath: String
   private let isComplete = Atomic(false)
 
-  init(_ path: String, _ manifest: Manifest) throws(CheckpointError) {
+  init(
+    _ path: String, _ manifest: Manifest, synced isSynced: Bool
+  ) throws(CheckpointError) {
     self.manifest = manifest
-    pending = try PendingFile(for: path)
+    pending = try PendingFile(for: path, synced: isSynced)
     stagePath = pending.temporaryPath + ".staged"
     do { stage = try Safetensors.create(stagePath, manifest) } catch { throw error.moved(to: path) }
   }
@@ -28,7 +30,7 @@ final class StagedSink: TensorSink {
     defer { unlink(stagePath) }
     do {
       try stage.finish()
-      try Bundle.pack(try Safetensors.open(stagePath), to: pending.temporaryPath)
+      try Bundle.pack(try Safetensors.open(stagePath), to: pending.temporaryPath, synced: pending.isSynced)
     } catch let error as CheckpointError {
       throw error.moved(to: pending.destination)
     } catch {
