@@ -53,6 +53,9 @@ struct OutputArguments: ParsableArguments {
           ? "An npz output is compressed by deflate alone."
           : "--compress is for HDF5 outputs (.h5, .hdf5), or npz with deflate.")
     }
+    if sha256 && (isNumPy || ends(Bundle.fileExtensions)) {
+      throw ValidationError("--sha256 is for safetensors and HDF5; npz and bundles have their own.")
+    }
     if maxShardSize != nil && Checkpoint.formats.contains(where: { ends($0.fileExtensions) }) {
       throw ValidationError(
         "--max-shard-size writes a model's folder: give the output no file's ending.")

@@ -16,7 +16,11 @@ final class StagedSink: TensorSink {
     self.manifest = manifest
     pending = try PendingFile(for: path, synced: isSynced)
     stagePath = pending.temporaryPath + ".staged"
-    do { stage = try Safetensors.create(stagePath, manifest) } catch { throw error.moved(to: path) }
+    var options = WritingOptions()
+    options.isSynced = isSynced
+    do { stage = try Safetensors.create(stagePath, manifest, options) } catch {
+      throw error.moved(to: path)
+    }
   }
 
   func write(_ bytes: RawSpan, of tensor: TensorInfo, at offset: Int) throws(CheckpointError) {
@@ -30,7 +34,8 @@ final class StagedSink: TensorSink {
     defer { unlink(stagePath) }
     do {
       try stage.finish()
-      try Bundle.pack(try Safetensors.open(stagePath), to: pending.temporaryPath, synced: pending.isSynced)
+      try Bundle.pack(
+        try Safetensors.open(stagePath), to: pending.temporaryPath, synced: pending.isSynced)
     } catch let error as CheckpointError {
       throw error.moved(to: pending.destination)
     } catch {
