@@ -181,6 +181,9 @@ public struct WritingOptions: Sendable {
   public var files: [String: [UInt8]] = [:]
   /// Whether a folder that is there may go, with all its files.
   public var isReplacing = false
+  /// Whether the output is on the disk before it has its name. If not, the system writes it when
+  /// it likes, as after `cp`: a machine that stops meanwhile can leave the name with less than all.
+  public var isSynced = true
 
   public init(layout: HDF5.Layout = .flat, compression: HDF5.Compression? = nil) {
     self.layout = layout

@@ -30,6 +30,8 @@ struct OutputArguments: ParsableArguments {
   @Flag(help: "Record sha256 checksums instead of the fast ones.")
   var sha256 = false
 
+  @OptionGroup var durability: Durability
+
   func validate() throws {
     if let maxShardSize, maxShardSize.bytes == 0 {
       throw ValidationError("--max-shard-size must be at least 1.")
@@ -51,6 +53,9 @@ struct OutputArguments: ParsableArguments {
           ? "An npz output is compressed by deflate alone."
           : "--compress is for HDF5 outputs (.h5, .hdf5), or npz with deflate.")
     }
+    if sha256 && (isNumPy || ends(Bundle.fileExtensions)) {
+      throw ValidationError("--sha256 is for safetensors and HDF5; npz and bundles have their own.")
+    }
     if maxShardSize != nil && Checkpoint.formats.contains(where: { ends($0.fileExtensions) }) {
       throw ValidationError(
         "--max-shard-size writes a model's folder: give the output no file's ending.")
@@ -69,8 +74,20 @@ struct OutputArguments: ParsableArguments {
     options.shardSize = maxShardSize?.bytes ?? ModelFolder.defaultShardSize
     options.sideFilesOf = original
     options.isReplacing = force
+    options.isSynced = durability.isSynced
     return options
   }
+}
+
+/// Whether an output has to be on the disk before the command ends.
+struct Durability: ParsableArguments {
+  @Flag(
+    help: ArgumentHelp(
+      "Leave it to the system when the output goes to the disk, as cp does.",
+      discussion: "Faster; but if the machine stops soon after, the output may lack parts."))
+  var noSync = false
+
+  var isSynced: Bool { !noSync }
 }
 
 private func compression(_ text: String) throws -> HDF5.Compression {

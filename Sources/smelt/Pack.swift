@@ -39,6 +39,7 @@ struct Pack: ParsableCommand {
     transform: Bundle.Lossy.init(argument:))
   var lossy: Bundle.Lossy?
 
+  @OptionGroup var durability: Durability
   @OptionGroup var resources: Resources
 
   private var output: String { paths.last ?? "" }
@@ -68,11 +69,11 @@ struct Pack: ParsableCommand {
     if base == nil {
       try Bundle.pack(
         sources[0].source, against: outside, to: output, lossy: lossy, workers: resources.jobs,
-        memory: resources.memory.bytes)
+        memory: resources.memory.bytes, synced: durability.isSynced)
     } else {
       try Bundle.pack(
         models: sources, to: output, lossy: lossy, workers: resources.jobs,
-        memory: resources.memory.bytes)
+        memory: resources.memory.bytes, synced: durability.isSynced)
     }
     try say(sources.map { $0.source })
   }

@@ -85,6 +85,7 @@ int posix_fallocate(int f, off_t o, off_t n) {
 OUTPUTS = [
     ["out.safetensors"],
     ["out.safetensors", "--dtype", "BF16"],
+    ["out.safetensors", "--no-sync"],
     ["out.h5"],
     ["out.h5", "--compress", "zstd"],
     ["out.h5", "--compress", "deflate"],
@@ -167,6 +168,18 @@ class FailingCalls(unittest.TestCase):
                 self.assertEqual(found, b"what was there", what)
             self.assertIn(left, ([], [output.name]), what)
         self.fail(f"{call} was called 500 times")
+
+    def test_the_system_may_be_left_to_flush(self):
+        for name, *options in OUTPUTS:
+            with self.subTest(f"{name} {options}"):
+                expected = self.contents(self.converted(self.input, f"expected-{name}", options))
+                shutil.rmtree(self.folder / name, ignore_errors=True)
+                result, was_flushed = self.run_with(
+                    ["convert", self.input, f"{self.folder}/{name}", *options, "--no-sync"],
+                    FAIL_CALL="fsync", FAIL_AT="1")  # fmt: skip
+                self.assertEqual(result.returncode, 0, result.stderr)
+                self.assertFalse(was_flushed)
+                self.assertEqual(self.contents(self.folder / name), expected)
 
     def test_a_read_that_fails_is_an_error(self):
         for name, *options in OUTPUTS:

@@ -41,6 +41,13 @@ struct ConvertCommandTests {
     #expect(try output.floats(of: "model.a.weight")[2] == .infinity)
   }
 
+  @Test(arguments: ["out.npz", "out.safetensors.zst"])
+  func `sha256 is refused where a format has checksums of its own`(_ name: String) throws {
+    let result = try smelt("convert", folder("in.safetensors"), folder(name), "--sha256")
+    #expect(result.code == 64)
+    #expect(result.errors.hasPrefix("Error: --sha256 is for safetensors and HDF5"))
+  }
+
   @Test func `what a killed run has left is named and not used`() throws {
     // No process has the highest number there is.
     let leftover = folder(".out.h5.2147483647.partial")

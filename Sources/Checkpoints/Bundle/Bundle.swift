@@ -41,7 +41,7 @@ public enum Bundle: CheckpointFormat {
     throws(CheckpointError) -> any TensorSink
   {
     try options.refuseSHA256(in: path, whichRecords: "XXH3")
-    return try StagedSink(path, manifest)
+    return try StagedSink(path, manifest, synced: options.isSynced)
   }
 
   @discardableResult
@@ -49,7 +49,7 @@ public enum Bundle: CheckpointFormat {
     _ source: any TensorSource, to path: String, _ options: WritingOptions, workers: Int
   ) throws -> [String] {
     try options.refuseSHA256(in: path, whichRecords: "XXH3")
-    try pack(source, to: path, workers: workers)
+    try pack(source, to: path, workers: workers, synced: options.isSynced)
     return []
   }
 }

@@ -6,19 +6,24 @@ extension Bundle {
   ///   - lossy: how to code matrices if not exactly; other tensors stay exact.
   ///   - memory: bytes that buffers may take; fewer workers run if it is too little for all.
   ///     One runs however little it is.
+  ///   - isSynced: as in `WritingOptions`.
   public static func pack(
     _ source: any TensorSource, against base: (any TensorSource)? = nil, to path: String,
-    lossy: Lossy? = nil, workers: Int = 2, memory: Int = 1 << 30
+    lossy: Lossy? = nil, workers: Int = 2, memory: Int = 1 << 30,
+    synced isSynced: Bool = true
   ) throws {
     let models = (source as? BundleSource)?.family.map { $0.map { ($0.name, $0.source) } }
-    try pack(models ?? [("", source)], against: base, to: path, lossy: lossy, workers, memory)
+    try pack(
+      models ?? [("", source)], against: base, to: path, lossy: lossy, workers, memory,
+      synced: isSynced)
   }
 
   /// Packs a family of models, each under its name. Tensors may be kept as differences from
   /// those of the models before: put the base first.
   public static func pack(
     models: [(name: String, source: any TensorSource)], against base: (any TensorSource)? = nil,
-    to path: String, lossy: Lossy? = nil, workers: Int = 2, memory: Int = 1 << 30
+    to path: String, lossy: Lossy? = nil, workers: Int = 2, memory: Int = 1 << 30,
+    synced isSynced: Bool = true
   ) throws {
     for (index, model) in models.enumerated() {
       guard !model.name.isEmpty, !model.name.contains("/"),
@@ -29,12 +34,12 @@ extension Bundle {
           remedy: "give each model its own name, without slashes")
       }
     }
-    try pack(models, against: base, to: path, lossy: lossy, workers, memory)
+    try pack(models, against: base, to: path, lossy: lossy, workers, memory, synced: isSynced)
   }
 
   private static func pack(
     _ models: [(name: String, source: any TensorSource)], against base: (any TensorSource)?,
-    to path: String, lossy: Lossy?, _ workers: Int, _ memory: Int
+    to path: String, lossy: Lossy?, _ workers: Int, _ memory: Int, synced isSynced: Bool
   ) throws {
     let packing = try Packing(
       models, against: base, path, lossy: lossy, workers: workers, memory: memory)
@@ -44,6 +49,7 @@ extension Bundle {
       try source.refuseDamage(of: source.unrecorded, workers: workers)
     }
     try packing.write(
-      workers: affordable, waiting: max(0, memory - affordable * packing.memoryPerWorker))
+      workers: affordable, waiting: max(0, memory - affordable * packing.memoryPerWorker),
+      synced: isSynced)
   }
 }

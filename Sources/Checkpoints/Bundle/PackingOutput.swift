@@ -4,10 +4,10 @@ extension Packing {
   /// Makes the frames, several at a time, and puts the file in place.
   ///
   /// - Parameter waiting: bytes of memory for frames that are made before it is their turn.
-  func write(workers: Int, waiting: Int) throws {
-    let pending = try PendingFile(for: path)
+  func write(workers: Int, waiting: Int, synced isSynced: Bool) throws {
+    let pending = try PendingFile(for: path, synced: isSynced)
     let file = try pending.open()
-    let behind = WriteBehind()
+    let behind = isSynced ? WriteBehind() : nil
     let table = GrowingTable()
     let turnstile = Turnstile()
     let early = EarlyFrames()
@@ -33,7 +33,7 @@ extension Packing {
           }
           guard let (frame, offset) = passed else { return }
           try file.write(frame.bytes.first(frame.size), at: offset)
-          behind.add(offset..<offset + frame.size, of: file)
+          behind?.add(offset..<offset + frame.size, of: file)
           early.giveBack(frame)
         } catch {
           turnstile.close()

@@ -10,11 +10,17 @@ final class StagedSink: TensorSink {
   private let stagePath: String
   private let isComplete = Atomic(false)
 
-  init(_ path: String, _ manifest: Manifest) throws(CheckpointError) {
+  init(
+    _ path: String, _ manifest: Manifest, synced isSynced: Bool
+  ) throws(CheckpointError) {
     self.manifest = manifest
-    pending = try PendingFile(for: path)
+    pending = try PendingFile(for: path, synced: isSynced)
     stagePath = pending.temporaryPath + ".staged"
-    do { stage = try Safetensors.create(stagePath, manifest) } catch { throw error.moved(to: path) }
+    var options = WritingOptions()
+    options.isSynced = isSynced
+    do { stage = try Safetensors.create(stagePath, manifest, options) } catch {
+      throw error.moved(to: path)
+    }
   }
 
   func write(_ bytes: RawSpan, of tensor: TensorInfo, at offset: Int) throws(CheckpointError) {
@@ -28,7 +34,8 @@ final class StagedSink: TensorSink {
     defer { unlink(stagePath) }
     do {
       try stage.finish()
-      try Bundle.pack(try Safetensors.open(stagePath), to: pending.temporaryPath)
+      try Bundle.pack(
+        try Safetensors.open(stagePath), to: pending.temporaryPath, synced: pending.isSynced)
     } catch let error as CheckpointError {
       throw error.moved(to: pending.destination)
     } catch {

@@ -69,7 +69,8 @@ final class FlatSink: TensorSink {
   private let file: File
   private let remaining: Atomic<Int>
   private let recorder: ChecksumRecorder?
-  private let behind: WriteBehind
+  /// `nil` if flushing is left to the system.
+  private let behind: WriteBehind?
   private let seal: Seal
   private let open: Open
   private let isComplete = Atomic(false)
@@ -88,7 +89,9 @@ final class FlatSink: TensorSink {
     self.warnings = warnings
     self.offsets = offsets
     self.file = try pending.open()
-    behind = WriteBehind(of: zip(manifest.tensors, offsets).lazy.map { $1..<$1 + $0.byteCount })
+    behind =
+      pending.isSynced
+      ? WriteBehind(of: zip(manifest.tensors, offsets).lazy.map { $1..<$1 + $0.byteCount }) : nil
     self.remaining = Atomic(manifest.byteCount)
     self.recorder = checksums.map { ChecksumRecorder(manifest.tensors, $0) }
     self.seal = seal
@@ -103,7 +106,7 @@ final class FlatSink: TensorSink {
       throw CheckpointError(
         file: pending.destination, tensor: tensor.name, error.problem, remedy: error.remedy)
     }
-    behind.add(start..<start + bytes.byteCount, of: file)
+    behind?.add(start..<start + bytes.byteCount, of: file)
     recorder?.add(bytes, ofTensorAt: position, from: offset)
     remaining.wrappingSubtract(bytes.byteCount, ordering: .relaxed)
   }

@@ -7,11 +7,15 @@ import Glibc
 final class PendingFolder: Sendable {
   private let name: PendingName
   private let isReplacing: Bool
+  /// Whether all is on the disk before it has its name.
+  let isSynced: Bool
   var destination: String { name.destination }
   var temporaryPath: String { name.temporaryPath }
 
   /// - Parameter isReplacing: whether a folder that is there may go, with all its files.
-  init(for path: String, replacing isReplacing: Bool) throws(CheckpointError) {
+  init(
+    for path: String, replacing isReplacing: Bool, synced isSynced: Bool = true
+  ) throws(CheckpointError) {
     var destination = path
     while destination.count > 1, destination.hasSuffix("/") { destination.removeLast() }
     let name = split(destination).name
@@ -34,14 +38,18 @@ final class PendingFolder: Sendable {
       }
     }
     self.isReplacing = isReplacing
+    self.isSynced = isSynced
     self.name = try PendingName(for: destination) { (temporaryPath) throws(CheckpointError) in
       guard mkdir(temporaryPath, 0o755) == 0 else { throw .system(path, "cannot be created") }
     }
   }
 
   func commit() throws(CheckpointError) {
-    do { try syncFolder(temporaryPath) } catch { throw error.moved(to: destination) }
-    try name.putInPlace(replacingFolder: isReplacing && isFolder(destination))
+    if isSynced {
+      do { try syncFolder(temporaryPath) } catch { throw error.moved(to: destination) }
+    }
+    try name.putInPlace(
+      replacingFolder: isReplacing && isFolder(destination), synced: isSynced)
   }
 }
 
@@ -113,7 +121,9 @@ public func resolved(_ path: String) -> String? {
 }
 
 /// Copies a file's bytes to a new file.
-func copyFile(_ path: String, to destination: String) throws(CheckpointError) {
+func copyFile(
+  _ path: String, to destination: String, synced isSynced: Bool
+) throws(CheckpointError) {
   let source = try File(reading: path)
   let size = try source.size()
   let target = try File(creating: destination)
@@ -123,5 +133,5 @@ func copyFile(_ path: String, to destination: String) throws(CheckpointError) {
     try target.write(piece.span.bytes, at: offset)
     offset += piece.count
   }
-  try target.sync()
+  if isSynced { try target.sync() }
 }

@@ -5,15 +5,18 @@ import Synchronization
 ///
 /// It is written beside its destination under a temporary name; `commit()` flushes it, moves it
 /// into place and flushes the folder. Dropped before, it is removed: the destination is absent,
-/// what it was, or complete.
+/// what it was, or complete. Not flushed (`isSynced`), it is so unless the machine stops.
 final class PendingFile: Sendable {
   private let name: PendingName
+  /// Whether it is on the disk before it has its name.
+  let isSynced: Bool
   private let isFlushed = Atomic<Bool>(false)
   var destination: String { name.destination }
   var temporaryPath: String { name.temporaryPath }
 
   /// Begins the file; an existing file at `destination` stays as it is until `commit()`.
-  init(for destination: String) throws(CheckpointError) {
+  init(for destination: String, synced isSynced: Bool = true) throws(CheckpointError) {
+    self.isSynced = isSynced
     guard !split(destination).name.isEmpty else {
       throw CheckpointError(file: destination, "names a folder, not a file to write")
     }
@@ -32,10 +35,11 @@ final class PendingFile: Sendable {
   /// Opens the file for writing, under its temporary name.
   func open() throws(CheckpointError) -> File { try File(updating: temporaryPath) }
 
-  /// Flushes the file to the disk, where it stays without its name. Nothing is written after that.
+  /// Flushes the file to the disk, if that is wanted, where it stays without its name. Nothing is
+  /// written after that.
   func complete() throws(CheckpointError) {
     // A second flush finds nothing to write and takes as long as the disk does to say so.
-    guard !isFlushed.load(ordering: .relaxed) else { return }
+    guard isSynced, !isFlushed.load(ordering: .relaxed) else { return }
     do { try open().sync() } catch { throw error.moved(to: destination) }
     isFlushed.store(true, ordering: .relaxed)
   }
@@ -62,6 +66,6 @@ final class PendingFile: Sendable {
 
   func commit() throws(CheckpointError) {
     try complete()
-    try name.putInPlace()
+    try name.putInPlace(synced: isSynced)
   }
 }

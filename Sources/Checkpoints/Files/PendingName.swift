@@ -36,8 +36,12 @@ final class PendingName: Sendable {
   }
 
   /// Gives it its own name, and flushes the folder that it is in.
-  /// - Parameter isReplacingFolder: whether the destination is a folder, which goes.
-  func putInPlace(replacingFolder isReplacingFolder: Bool = false) throws(CheckpointError) {
+  /// - Parameters:
+  ///   - isReplacingFolder: whether the destination is a folder, which goes.
+  ///   - isSynced: false if the folder is not to be flushed.
+  func putInPlace(
+    replacingFolder isReplacingFolder: Bool = false, synced isSynced: Bool
+  ) throws(CheckpointError) {
     if isReplacingFolder {
       // The old and the new folder change names at once; then the old one goes.
       let swapped = renameat2(
@@ -51,7 +55,7 @@ final class PendingName: Sendable {
     }
     isInPlace.store(true, ordering: .relaxed)
     Unfinished.remove(temporaryPath)
-    try syncFolder(split(destination).folder)
+    if isSynced { try syncFolder(split(destination).folder) }
   }
 
   deinit {

@@ -60,7 +60,7 @@ public enum HDF5: CheckpointFormat {
   public static func create(_ path: String, _ manifest: Manifest, _ options: WritingOptions)
     throws(CheckpointError) -> any TensorSink
   {
-    let pending = try PendingFile(for: path)
+    let pending = try PendingFile(for: path, synced: options.isSynced)
     let paths = paths(for: manifest.tensors.map { $0.name }, layout: options.layout)
     do {
       let (offsets, rows) = try layOut(manifest, at: paths, in: pending, options)

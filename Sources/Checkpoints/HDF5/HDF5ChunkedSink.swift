@@ -51,7 +51,7 @@ final class HDF5ChunkedSink: TensorSink {
       throw error.error(file: pending.destination)
     }
     self.datasets = datasets
-    let flushing = Flushing(try pending.open())
+    let flushing = pending.isSynced ? Flushing(try pending.open()) : nil
     queue = ChunkQueue(besides: pending.temporaryPath) {
       [chunks] (number, chunk) throws(CheckpointError) in
       let key = chunks[number]
@@ -60,7 +60,7 @@ final class HDF5ChunkedSink: TensorSink {
       } catch {
         throw error.of(manifest.tensors[key.tensor].name).error(file: pending.destination)
       }
-      flushing.note(chunk.count)
+      flushing?.note(chunk.count)
     }
   }
 

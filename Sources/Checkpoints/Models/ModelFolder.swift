@@ -67,7 +67,8 @@ extension ModelFolder {
     try create(
       path, manifest, shardSize: options.shardSize, sideFilesOf: options.sideFilesOf,
       files: options.files, replacing: options.isReplacing,
-      checksums: options.checksums ?? .xxh3, keepsHeader: options.checksums == nil)
+      checksums: options.checksums ?? .xxh3, keepsHeader: options.checksums == nil,
+      synced: options.isSynced)
   }
 
   /// Begins a folder of safetensors files of at most `shardSize` bytes of tensors each.
@@ -79,11 +80,13 @@ extension ModelFolder {
   ///     model's usual files beside it are.
   ///   - files: small files to write beside the weights, by name; they take the place of copies.
   ///   - isReplacing: whether a folder that is there goes, with all its files.
+  ///   - isSynced: as in `WritingOptions`.
   public static func create(
     _ path: String, _ manifest: Manifest, shardSize: Int = defaultShardSize,
     sideFilesOf original: String? = nil, files smallFiles: [String: [UInt8]] = [:],
     replacing isReplacing: Bool = false,
-    checksums: TensorChecksum.Algorithm? = .xxh3, keepsHeader: Bool = true
+    checksums: TensorChecksum.Algorithm? = .xxh3, keepsHeader: Bool = true,
+    synced isSynced: Bool = true
   ) throws(CheckpointError) -> any TensorSink {
     precondition(shardSize > 0)
     var shards: [[TensorInfo]] = [[]]
@@ -97,7 +100,7 @@ extension ModelFolder {
       size += tensor.byteCount
     }
     let sideFiles = try original.map { (path) throws(CheckpointError) in try SideFiles(of: path) }
-    let folder = try PendingFolder(for: path, replacing: isReplacing)
+    let folder = try PendingFolder(for: path, replacing: isReplacing, synced: isSynced)
     var places: [Int] = []
     var files: [(file: String, tensors: [TensorInfo])] = []
     var sinks: [any TensorSink] = []
@@ -115,7 +118,7 @@ extension ModelFolder {
         sinks.append(
           try Safetensors.create(
             "\(folder.temporaryPath)/\(file)", part, checksums: checksums,
-            keepsHeader: keepsHeader))
+            keepsHeader: keepsHeader, synced: isSynced))
       } catch { throw error.moved(to: "\(folder.destination)/\(file)") }
     }
     return FolderSink(
@@ -171,19 +174,19 @@ private final class FolderSink: TensorSink {
     guard !isComplete.load(ordering: .relaxed) else { return }
     do {
       for sink in sinks { try sink.finish() }
-      try sideFiles?.copy(to: folder.temporaryPath)
+      try sideFiles?.copy(to: folder.temporaryPath, synced: folder.isSynced)
       for (name, bytes) in smallFiles.sorted(by: { $0.key < $1.key }) {
         unlink("\(folder.temporaryPath)/\(name)")
         let file = try File(creating: "\(folder.temporaryPath)/\(name)")
         try file.write(bytes.span.bytes, at: 0)
-        try file.sync()
+        if folder.isSynced { try file.sync() }
       }
       // Last, so that whoever sees an index sees all that it names.
       if files.count > 1 {
         let index = try File(
           creating: "\(folder.temporaryPath)/model.safetensors.index.json")
         try index.write(ShardIndex.describe(files).span.bytes, at: 0)
-        try index.sync()
+        if folder.isSynced { try index.sync() }
       }
     } catch {
       throw error.file.hasPrefix(folder.temporaryPath)

@@ -69,7 +69,7 @@ struct SideFiles {
       }
   }
 
-  func copy(to target: String) throws(CheckpointError) {
+  func copy(to target: String, synced isSynced: Bool) throws(CheckpointError) {
     var subfolders: Set<String> = []
     for path in paths {
       for slash in path.indices where path[slash] == "/" {
@@ -77,8 +77,9 @@ struct SideFiles {
         guard subfolders.insert(subfolder).inserted else { continue }
         guard mkdir(subfolder, 0o755) == 0 else { throw .system(subfolder, "cannot be created") }
       }
-      try copyFile("\(folder)/\(path)", to: "\(target)/\(path)")
+      try copyFile("\(folder)/\(path)", to: "\(target)/\(path)", synced: isSynced)
     }
+    guard isSynced else { return }
     for subfolder in subfolders { try syncFolder(subfolder) }
     try syncFolder(target)
   }

@@ -29,15 +29,17 @@ public enum NumPy: CheckpointFormat {
     throws(CheckpointError) -> any TensorSink
   {
     try options.refuseSHA256(in: path, whichRecords: "CRC-32")
-    return try create(path, manifest, isCompressed: options.compression != nil)
+    return try create(
+      path, manifest, isCompressed: options.compression != nil, synced: options.isSynced)
   }
 
   /// Begins an archive, which `numpy.savez` or `numpy.savez_compressed` could have written.
-  public static func create(_ path: String, _ manifest: Manifest, isCompressed: Bool)
-    throws(CheckpointError) -> any TensorSink
-  {
+  public static func create(
+    _ path: String, _ manifest: Manifest, isCompressed: Bool, synced isSynced: Bool = true
+  ) throws(CheckpointError) -> any TensorSink {
     isCompressed
-      ? try CompressedNumPySink(path, manifest) : try NumPySink(path, manifest)
+      ? try CompressedNumPySink(path, manifest, synced: isSynced)
+      : try NumPySink(path, manifest, synced: isSynced)
   }
 
   /// How numpy names a type.

@@ -14,11 +14,14 @@ final class NumPySink: TensorSink {
   private let remaining: Atomic<Int>
   /// The checksums of the pieces of each tensor by where they begin.
   private let pieces: Mutex<[[Int: (count: Int, checksum: UInt)]]>
-  private let behind: WriteBehind
+  /// `nil` if flushing is left to the system.
+  private let behind: WriteBehind?
 
-  init(_ path: String, _ manifest: Manifest) throws(CheckpointError) {
+  init(
+    _ path: String, _ manifest: Manifest, synced isSynced: Bool
+  ) throws(CheckpointError) {
     self.manifest = manifest
-    pending = try PendingFile(for: path)
+    pending = try PendingFile(for: path, synced: isSynced)
     file = try pending.open()
     var members: [ZipMember] = []
     var offsets: [Int] = []
@@ -32,7 +35,9 @@ final class NumPySink: TensorSink {
     self.members = members
     self.offsets = offsets
     directoryOffset = offset
-    behind = WriteBehind(of: zip(manifest.tensors, offsets).lazy.map { $1..<$1 + $0.byteCount })
+    behind =
+      isSynced
+      ? WriteBehind(of: zip(manifest.tensors, offsets).lazy.map { $1..<$1 + $0.byteCount }) : nil
     remaining = Atomic(manifest.byteCount)
     pieces = Mutex(Array(repeating: [:], count: members.count))
     do { try file.preallocate(offset) } catch { throw error.moved(to: path) }
@@ -46,7 +51,7 @@ final class NumPySink: TensorSink {
         file: pending.destination, tensor: tensor.name, error.problem, remedy: error.remedy)
     }
     let start = offsets[position] + offset
-    behind.add(start..<start + bytes.byteCount, of: file)
+    behind?.add(start..<start + bytes.byteCount, of: file)
     let checksum = crc32(of: bytes)
     pieces.withLock { $0[position][offset] = (bytes.byteCount, checksum) }
     remaining.wrappingSubtract(bytes.byteCount, ordering: .relaxed)
@@ -96,9 +101,11 @@ final class CompressedNumPySink: TensorSink {
   private let temporary: File
   private let remaining: Atomic<Int>
 
-  init(_ path: String, _ manifest: Manifest) throws(CheckpointError) {
+  init(
+    _ path: String, _ manifest: Manifest, synced isSynced: Bool
+  ) throws(CheckpointError) {
     self.manifest = manifest
-    pending = try PendingFile(for: path)
+    pending = try PendingFile(for: path, synced: isSynced)
     offsets = manifest.tensors.reduce(into: [0]) { $0.append($0.last! + $1.byteCount) }
     temporary = try File(temporaryBeside: path)
     remaining = Atomic(manifest.byteCount)

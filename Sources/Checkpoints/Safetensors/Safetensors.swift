@@ -26,23 +26,26 @@ public enum Safetensors: CheckpointFormat {
     throws(CheckpointError) -> any TensorSink
   {
     try create(
-      path, manifest, checksums: options.checksums ?? .xxh3, keepsHeader: options.checksums == nil)
+      path, manifest, checksums: options.checksums ?? .xxh3,
+      keepsHeader: options.checksums == nil, synced: options.isSynced)
   }
 
   /// Begins a file that records the checksums of its tensors, if it is to.
   ///
   /// A manifest's own header is kept as it is; if it has checksums, they become those of the
   /// tensors that are written: the same tensors give the same file.
-  /// - Parameter keepsHeader: false if the file is to have these checksums though the header
-  ///   has others or none. Else they are left out, with a warning, where they alone make the
-  ///   header too large.
+  /// - Parameters:
+  ///   - keepsHeader: false if the file is to have these checksums though the header has others
+  ///     or none. Else they are left out, with a warning, where they alone make the header too
+  ///     large.
+  ///   - isSynced: as in `WritingOptions`.
   public static func create(
     _ path: String, _ manifest: Manifest, checksums: TensorChecksum.Algorithm?,
-    keepsHeader: Bool = true
+    keepsHeader: Bool = true, synced isSynced: Bool = true
   ) throws(CheckpointError) -> any TensorSink {
     let layout = try Layout(
       writing: manifest, checksums: checksums, keepsHeader: keepsHeader, path: path)
-    let pending = try PendingFile(for: path)
+    let pending = try PendingFile(for: path, synced: isSynced)
     let file = try pending.open()
     do {
       try file.preallocate(layout.fileSize)
