@@ -66,7 +66,15 @@ final class BundleFile: Sendable {
         remedy: "it is not a bundle, or damaged")
     }
     let header = try frames.bytes(of: 0..<count, of: nil, reader).dropFirst(8)
-    return try Safetensors.Layout(parsing: Array(header), fileSize: total, path: frames.path)
+    let inner = try Safetensors.Layout(parsing: Array(header), fileSize: nil, path: frames.path)
+    let listed = 8 + Int(length) + inner.manifest.byteCount
+    guard total == listed else {
+      throw CheckpointError(
+        file: frames.path,
+        "has a seek table for \(total) bytes of content where its header lists \(listed)",
+        remedy: "it is not a bundle, or damaged: get it again")
+    }
+    return inner
   }
 
   private static func models(
