@@ -44,6 +44,9 @@ save_file(
     HERE / "good-xor.safetensors",
 )
 subprocess.run([os.environ["SMELT"], "pack", HERE / "good-xor.safetensors", HERE / "good-xor.safetensors.zst"], check=True)
+few = np.where(random.random((64, 32)) < 0.1, tensors["experts.1.weight"], tensors["experts.0.weight"])
+save_file({"w.0": tensors["experts.0.weight"], "w.1": few}, HERE / "good-thin.safetensors")
+subprocess.run([os.environ["SMELT"], "pack", HERE / "good-thin.safetensors", HERE / "good-thin.safetensors.zst"], check=True)
 matrix = normal(33, 150)
 save_file(
     {"half": matrix[:, :130].astype(np.float16), "brain": matrix.astype(ml_dtypes.bfloat16), "single": matrix, "bias": matrix[0]},

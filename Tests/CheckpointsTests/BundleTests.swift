@@ -289,6 +289,35 @@ typealias Bundle = Checkpoints.Bundle
     }
   }
 
+  @Test(arguments: [DType.bf16, .f32, .f64])
+  func `keeps few changes as the places and sizes of steps`(dtype: DType) throws {
+    var generator = SeededGenerator(seed: 4)
+    let values = (0..<1_060_000).map { _ in generator.normal(0.02) }
+    // Every twelfth is changed, and in the last block none.
+    let changed = values.indices.map { i in
+      i % 12 == 0 && i < 1 << 20 ? values[i] + generator.normal(0.002) : values[i]
+    }
+    let models = try [("base", values), ("tuned", changed)].map { name, values in
+      (
+        name: name,
+        source: try writeSafetensors(
+          [Sample("w", dtype, [1_060_000], values: values)], to: folder("\(name).safetensors"))
+          as any TensorSource
+      )
+    }
+    let path = folder("b.safetensors.zst")
+    try Bundle.pack(models: models, to: path)
+    let bundle = try BundleSource(path)
+    try bundle.verify()
+    #expect(bundle.recipe.models.map { $0.tensors[0].codec } == [.planes, .sparseULP])
+    #expect(bundle.recipe.version == 2)
+    try Checkpoint.write(bundle.model("tuned"), to: folder("out.safetensors"))
+    #expect(try contents(of: folder("out.safetensors")) == contents(of: models[1].source.path))
+    // Outside, it needs the base.
+    try Bundle.pack(models[1].source, against: models[0].source, to: path)
+    try expectUnpacks(path, as: models[1].source, base: models[0].source)
+  }
+
   @Test func `of a family is packed as a family again`() throws {
     let (base, tuned) = try family(.bf16)
     let paths = [folder("b.safetensors.zst"), folder("again.safetensors.zst")]

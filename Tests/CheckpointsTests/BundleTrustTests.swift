@@ -78,6 +78,10 @@ import Testing
         #"{\#(w),"codec":"raw","error":"0.5"}"#,
         "has a recipe that is malformed: has an error though its codec has none"
       ),
+      (
+        #"{\#(w),"codec":"sparseulp","reference":"w"}"#,
+        "has codec sparseulp, which came with version 2"
+      ),
       (#"{\#(w),"codec":"int8","group":0}"#, "has groups of 0 elements"),
       (#"{\#(w),"codec":"lowrank","parts":["w","w"]}"#, "is of rank 2"),
       (#"{\#(w),"codec":"lowrank"}"#, "is of rank 0"),
@@ -281,6 +285,7 @@ extension `A bundle from a stranger` {
       part("u", .u8, [2, 2], [[0, 0], [3, 4]]),
       part("x", .u8, [2, 2], [[0, 0], [5, 6]]),
       part("s#gaps", .u8, [2], [[1, 255]]), part("s#values", .u8, [2, 1], [[7], [8]]),
+      part("t#gaps", .u8, [2], [[1, 255]]), part("t#values", .u8, [2, 1], [[0], [6]]),
       part("i", .i8, [16], [Array(1...16)]), part("i#scale", .f32, [1], [[0, 0, 128, 63]]),
       part("l#left", .f32, [1, 1], [[0, 0, 64, 64]]),
       part("l#right", .f32, [1, 1], [[0, 0, 160, 64]]),
@@ -289,6 +294,7 @@ extension `A bundle from a stranger` {
       ("r", #""U8","shape":[3],"codec":"raw""#), ("p", #""BF16","shape":[2],"codec":"planes""#),
       ("u", #""BF16","shape":[2],"codec":"ulp","reference":"p""#),
       ("x", #""BF16","shape":[2],"codec":"xor","reference":"p""#),
+      ("t", #""BF16","shape":[2],"codec":"sparseulp","reference":"p""#),
       ("s", #""U16","shape":[5],"codec":"sparse""#),
       ("i", #""BF16","shape":[16],"codec":"int8","group":16"#),
       ("l", #""BF16","shape":[1,1],"codec":"lowrank""#),
@@ -302,7 +308,8 @@ extension `A bundle from a stranger` {
       }
       let inner = try Safetensors.Layout(
         writing: Manifest(
-          parts.map { $0.0 }, metadata: ["bundle": recipe(list.joined(separator: ","))]), path: "")
+          parts.map { $0.0 }, metadata: ["bundle": recipe(list.joined(separator: ","), version: 2)]),
+        path: "")
       let frames = inner.manifest.tensors.flatMap { tensor in
         parts.first { $0.0 == tensor }!.1
       }

@@ -1,11 +1,10 @@
-import functools, json
-import ml_dtypes, numpy as np
+import functools, json, ml_dtypes, numpy as np
 
 TYPES = dict(F64="f8", F32="f4", F16="f2", BF16="bfloat16", C64="c8", BOOL="?", F8_E8M0="float8_e8m0fnu",
              F8_E4M3="float8_e4m3fn", F8_E5M2="float8_e5m2", F8_E4M3FNUZ="float8_e4m3fnuz",
              F8_E5M2FNUZ="float8_e5m2fnuz", F4="u1", F6_E2M3="u1", F6_E3M2="u1")  # the last three stay packed
 TYPES |= {f"{kind.upper()}{8 * w}": f"{kind}{w}" for kind in "iu" for w in (1, 2, 4, 8)}
-PARTS = {"sparse": ["#gaps", "#values"], "lowrank": ["#left", "#right"],
+PARTS = {"sparse": ["#gaps", "#values"], "sparseulp": ["#gaps", "#values"], "lowrank": ["#left", "#right"],
          "int8": ["", "#scale"], "int4": ["", "#scale"], "sign1": ["", "#scale"]}
 CODES = {"int8": lambda q: q.ravel(), "sign1": lambda q: np.unpackbits(q, bitorder="little").astype("i1") * 2 - 1,
          "int4": lambda q: np.stack([q & 15, q >> 4], 1).ravel().astype("i1") - 8}
@@ -36,8 +35,8 @@ def load(file, names=None, base={}):
     shaped = lambda x, t: x.reshape(-1 if t["dtype"][:2] in ("F4", "F6") else t["shape"])
     start = 8 + int.from_bytes(read(0, 8), "little")
     header = json.loads(read(8, start))
-    models = json.loads(header["__metadata__"]["bundle"])["models"]
-    recipe = {"/".join(filter(None, [m["name"], t["name"]])): t for m in models for t in m["tensors"]}
+    models = ((m["name"], t) for m in json.loads(header["__metadata__"]["bundle"])["models"] for t in m["tensors"])
+    recipe = {"/".join(filter(None, [model, t["name"]])): t for model, t in models}
 
     def part(name):
         begin, end = header[name]["data_offsets"]
@@ -50,10 +49,11 @@ def load(file, names=None, base={}):
         p = [part(k) for k in t.get("parts", [name + s for s in PARTS.get(codec, [""])])]
         other = tensor(t["reference"]) if "reference" in t else base[t["base"]] if "base" in t else np.zeros(0)
         other, rotation = other.ravel().view(f"u{dtype.itemsize}"), t.get("rotation", 1)
+        thin = lambda: fill(p[0], join(p[1], rotation), np.zeros(count, other.dtype))
         if codec in CODES: x = (CODES[codec](p[0])[:count].astype("f4") * np.repeat(p[1], t["group"])[:count]).astype(dtype)
         elif codec == "lowrank": x = sum((l[:, None] * r for l, r in zip(p[0].T, p[1])), np.float32(0)).astype(dtype)
         else: x = {"raw": lambda: p[0], "planes": lambda: join(p[0], rotation), "xor": lambda: join(p[0], 0) ^ other,
-                   "ulp": lambda: add_steps(join(p[0], 0), other),
-                   "sparse": lambda: fill(p[0], join(p[1], rotation), np.zeros(count, other.dtype))}[codec]()
+                   "ulp": lambda: add_steps(join(p[0], 0), other), "sparse": thin,
+                   "sparseulp": lambda: add_steps(thin(), other)}[codec]()
         return shaped(x.view(dtype), t)
     return {name: tensor(name) for name in names or recipe}

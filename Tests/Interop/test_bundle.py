@@ -162,8 +162,10 @@ class Bundles(unittest.TestCase):
         near = first + np.float32(1e-4) * random.standard_normal(first.shape, dtype=np.float32)
         flipped = (first.view(np.uint32) ^ random.integers(0, 2, first.shape, np.uint32)).view(np.float32)
         source = self.out / "in.safetensors"
+        thin = np.where(random.random(first.shape) < 0.1, near, first)
         tensors = {"raw": random.integers(0, 256, 100, np.uint8), "experts.0": first, "experts.1": near}
         tensors |= {"pruned": pruned, "bits.0": first.view(np.int32) // 7, "bits.1": flipped.view(np.int32) // 7}
+        tensors |= {"thin.0": first, "thin.1": thin}
         save_file(tensors, source)
         codecs = set()
         for lossy in [None, "int8", "int4", "sign1", "lowrank:3"]:
@@ -173,7 +175,7 @@ class Bundles(unittest.TestCase):
             smelt("unpack", bundle, "-o", back)
             self.assert_reads(bundle, back)
             codecs |= {t["codec"] for t in recipe(bundle)["models"][0]["tensors"]}
-        self.assertEqual(codecs, {"raw", "planes", "ulp", "xor", "sparse", "int8", "int4", "sign1", "lowrank"})
+        self.assertEqual(codecs, {"raw", "planes", "ulp", "xor", "sparse", "sparseulp", "int8", "int4", "sign1", "lowrank"})
 
     def test_numpy_reads_every_type(self):
         random, header, data = np.random.default_rng(6), {}, b""
@@ -338,7 +340,7 @@ class Bundles(unittest.TestCase):
             smelt("unpack", bundle, "-o", self.out / "out.safetensors")
             self.assertEqual((self.out / "out.safetensors").read_bytes(), unpacked.read_bytes(), bundle.name)
             codecs |= {t["codec"] for t in recipe(bundle)["models"][0]["tensors"]}
-        self.assertEqual(codecs, {"raw", "planes", "ulp", "xor", "sparse", "int8", "int4", "sign1", "lowrank"})
+        self.assertEqual(codecs, {"raw", "planes", "ulp", "xor", "sparse", "sparseulp", "int8", "int4", "sign1", "lowrank"})
 
     def test_smelt_and_numpy_read_what_another_wrote_by_the_format(self):
         random, shape = np.random.default_rng(5), (3, 400_001)

@@ -72,6 +72,16 @@ final class BlockCoder {
       split = Split(
         width: width, count: lengths.values, rotation: planned.choice.rotation, isCoded: true,
         gaps: lengths.gaps)
+    case .sparseULP:
+      Steps.difference(
+        of: count, width: width, UnsafeRawPointer(elements.start),
+        from: UnsafeRawPointer(other.start), into: codes.start)
+      let lengths = Gaps.write(
+        UnsafeRawPointer(codes.start), count: count, width: width, gaps: gaps.octets,
+        values: elements.start)
+      split = Split(
+        width: width, count: lengths.values, rotation: planned.choice.rotation,
+        gaps: lengths.gaps)
     case .raw, .int8, .int4, .sign1: preconditionFailure("read frame by frame")
     case .lowrank: preconditionFailure("its factors have been found already")
     }
@@ -94,13 +104,13 @@ final class BlockCoder {
       try quantise(index, of: planned, isScale: stream == 1, size)
       return content.first(size)
     }
-    if codec == .sparse && stream == 0 { return gaps.first(split.gaps) }
+    if codec.isSparse && stream == 0 { return gaps.first(split.gaps) }
     if split.isSplit {
       let begin = stream * ZstdFrame.contentSize
       return UnsafeRawBufferPointer(rebasing: codes.bytes[begin..<begin + split.count])
     }
     Planes.extract(
-      codec == .sparse ? stream - 1 : stream, of: split.count, width: split.width,
+      codec.isSparse ? stream - 1 : stream, of: split.count, width: split.width,
       rotation: split.rotation,
       from: UnsafeRawPointer(split.isCoded ? codes.start : elements.start), into: content.octets)
     return content.first(split.count)

@@ -39,6 +39,15 @@ extension BundleFile {
         Steps.add(start, count: bytes.count / width, width: width, to: bytes.baseAddress!)
       }
     case .sparse: try decodeSparse(block, of: stored, into: bytes, reader)
+    case .sparseULP:
+      try decodeReference(block, of: stored, into: bytes, reader)
+      // Where the planes were, from which the values have been joined by then.
+      let codes = reader.planes.part(0..<bytes.count)
+      try decodeSparse(block, of: stored, into: codes, reader)
+      let width = stored.tensor.dtype.byteWidth
+      Steps.add(
+        UnsafeRawPointer(codes.baseAddress!), count: bytes.count / width, width: width,
+        to: bytes.baseAddress!)
     case .int8, .int4, .sign1: try dequantise(block, of: stored, into: bytes, reader)
     case .lowrank: try multiply(block, of: stored, into: bytes, reader)
     }

@@ -140,6 +140,9 @@ extension Bundle.Contents {
     throws(CheckpointError) -> Bundle.Stored
   {
     let (tensor, codec) = (entry.tensor.renamed(name), entry.codec)
+    guard codec != .sparseULP || recipe.version > 1 else {
+      throw malformed(name, "has codec \(codec.rawValue), which came with version 2")
+    }
     guard codec.suits(tensor.dtype) else {
       throw malformed(name, "is \(tensor.dtype.rawValue), which codec \(codec) cannot hold")
     }
@@ -156,7 +159,7 @@ extension Bundle.Contents {
       throw malformed(name, "is rotated by \(rotation) bits")
     }
     var lengths = (gaps: 0, values: 0)
-    if codec == .sparse {
+    if codec.isSparse {
       lengths = (inner[names[0]]?.elementCount ?? 0, inner[names[1]]?.shape.last ?? 0)
       guard !lengths.values.multipliedReportingOverflow(by: 8).overflow else {
         throw malformed(name, "has too many values")

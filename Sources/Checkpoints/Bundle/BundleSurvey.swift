@@ -7,8 +7,6 @@ extension Bundle {
     var own = Choice(codec: .raw, modes: [.stored], cost: 0)
     /// Codings as a difference from another tensor that take less, best first.
     var differences: [(choice: Choice, candidate: Candidate)] = []
-    /// For each block the lengths of its gaps and of its values, for `sparse`.
-    var sparse: [(gaps: Int, values: Int)] = []
     /// For the quantised codecs.
     var group: Int?
     /// For `lowrank`: where its factors wait, and their rank.
@@ -23,6 +21,8 @@ extension Bundle {
     var modes: [ZstdFrame.Mode]
     /// How far elements are rotated before they are split into planes.
     var rotation = 1
+    /// For each block the lengths of its gaps and of its values, for `sparse` and `sparseULP`.
+    var sparse: [(gaps: Int, values: Int)] = []
     /// Bytes that the sample takes.
     var cost: Int
   }
@@ -47,6 +47,9 @@ extension Bundle {
     private let frame = PinnedBytes(count: ZstdFrame.largest)
     /// What whole tensors are read through: small enough to stay in a core's own cache.
     private let piece = PinnedBytes(count: pieceSize)
+    private lazy var codes = PinnedBytes(count: Self.sampleCount * 8)
+    private lazy var blockOther = PinnedBytes(count: 8 * Codec.blockCount)
+    private lazy var blockCodes = PinnedBytes(count: 8 * Codec.blockCount)
     private let scratch = PinnedBytes(count: Steps.scratch)
     private lazy var block = PinnedBytes(count: 8 * Codec.blockCount)
     private lazy var blockValues = PinnedBytes(count: 8 * Codec.blockCount)
@@ -62,7 +65,7 @@ extension Bundle {
 
     /// Bytes that the buffers take.
     static let memory =
-      4 * sampleCount * 8 + ZstdFrame.largest + pieceSize + 17 * Codec.blockCount
+      5 * sampleCount * 8 + ZstdFrame.largest + pieceSize + 33 * Codec.blockCount
       + Steps.scratch + GroupReader.memory + FrameEncoder.memory
   }
 }
@@ -85,27 +88,27 @@ extension Bundle.Survey {
     var others = candidates[...]
     if let base = others.first, base.position == nil {
       others.removeFirst()
-      finding.differences = try differences(of: tensor, size, from: base)
+      finding.differences = try differences(of: tensor, source, size, from: base)
     }
     // A base outside is always there to refer to, so a close one leaves little to try. In models
     // of small tensors trying takes as long as packing.
     let hasCloseBase = finding.differences.contains { isClose($0.choice, size) }
     for codec in hasCloseBase ? [.sparse] : [Codec.raw, .planes, .sparse]
     where codec.suits(tensor.dtype) {
-      let choice = tryOut(codec, tensor, size)
+      var choice = tryOut(codec, tensor, size)
       // Simpler codecs come first and stay unless another gains a hundredth.
-      guard let choice, finding.own.cost == .max || gains(choice, over: finding.own) else {
+      guard choice != nil, finding.own.cost == .max || gains(choice!, over: finding.own) else {
         continue
       }
       if codec == .sparse {
         guard let counts = try countSparse(tensor, source) else { continue }
-        finding.sparse = counts
+        choice!.sparse = counts
       }
-      finding.own = choice
+      finding.own = choice!
     }
     for candidate in hasCloseBase ? [] : others {
       finding.differences += try differences(
-        of: tensor, size, from: candidate, toBeat: finding.own)
+        of: tensor, source, size, from: candidate, toBeat: finding.own)
     }
     finding.differences.removeAll { !gains($0.choice, over: finding.own) }
     if finding.differences.contains(where: { $0.candidate.position == nil }) {
@@ -124,8 +127,8 @@ extension Bundle.Survey {
   /// The sampled tensor as differences from another.
   /// - Parameter own: only if a quarter of the sample takes less than it would by this.
   private func differences(
-    of tensor: TensorInfo, _ size: Int, from candidate: Bundle.Candidate,
-    toBeat own: Bundle.Choice? = nil
+    of tensor: TensorInfo, _ source: any TensorSource, _ size: Int,
+    from candidate: Bundle.Candidate, toBeat own: Bundle.Choice? = nil
   ) throws -> [(choice: Bundle.Choice, candidate: Bundle.Candidate)] {
     _ = try readSample(of: candidate.tensor, candidate.source, into: other)
     var found: [(choice: Bundle.Choice, candidate: Bundle.Candidate)] = []
@@ -137,7 +140,15 @@ extension Bundle.Survey {
       {
         continue
       }
-      if let choice = tryOut(codec, tensor, size) { found.append((choice, candidate)) }
+      guard let choice = tryOut(codec, tensor, size) else { continue }
+      found.append((choice, candidate))
+      // Where most elements are the other's very own.
+      if codec == .ulp, var sparse = tryOut(.sparseULP, tensor, size),
+        gains(sparse, over: choice), let counts = try countSparse(tensor, source, from: candidate)
+      {
+        sparse.sparse = counts
+        found.append((sparse, candidate))
+      }
     }
     return found
   }
@@ -233,6 +244,23 @@ extension Bundle.Survey {
       values.part(0..<size).copyMemory(from: sample.first(size))
       exclusiveOr(values.start, with: UnsafeRawPointer(other.start), count: size)
       addPlanes(of: values, count, rotation: 0)
+    case .sparseULP:
+      Steps.difference(
+        of: count, width: width, UnsafeRawPointer(sample.start),
+        from: UnsafeRawPointer(other.start), into: codes.start)
+      let lengths = Gaps.write(
+        UnsafeRawPointer(codes.start), count: count, width: width, gaps: octets.octets,
+        values: values.start)
+      guard lengths.values < count / 4 else { return nil }
+      // Both are sorted as the codes are.
+      let blockCount = min(tensor.elementCount, Codec.blockCount)
+      func runs(_ length: Int) -> Int {
+        max(1, min(length * blockCount / count / ZstdFrame.runSize, length / Self.smallestRun))
+      }
+      add(octets.first(lengths.gaps), runs: runs(lengths.gaps))
+      choice.rotation = 0
+      addPlanes(
+        of: values, lengths.values, rotation: 0, runs: runs(lengths.values))
     case .int8, .int4, .sign1, .lowrank: preconditionFailure("lossy codecs are not tried out")
     }
     return choice
@@ -260,17 +288,27 @@ extension Bundle.Survey {
   }
 
   /// The lengths of every block's gaps and values, unless a block does not fit a frame.
-  private func countSparse(_ tensor: TensorInfo, _ source: any TensorSource)
-    throws(CheckpointError) -> [(gaps: Int, values: Int)]?
-  {
+  /// - Parameter candidate: count the steps from this.
+  private func countSparse(
+    _ tensor: TensorInfo, _ source: any TensorSource, from candidate: Bundle.Candidate? = nil
+  ) throws(CheckpointError) -> [(gaps: Int, values: Int)]? {
     let width = tensor.dtype.byteWidth
     var counts: [(gaps: Int, values: Int)] = []
     for index in 0..<Codec.blocks(of: tensor) {
       let begin = index * Codec.blockCount
       let count = min(Codec.blockCount, tensor.elementCount - begin)
       try source.read(tensor, at: begin * width, into: block.part(0..<count * width))
+      var elements = block
+      if let candidate {
+        try candidate.source.read(
+          candidate.tensor, at: begin * width, into: blockOther.part(0..<count * width))
+        Steps.difference(
+          of: count, width: width, UnsafeRawPointer(block.start),
+          from: UnsafeRawPointer(blockOther.start), into: blockCodes.start)
+        elements = blockCodes
+      }
       let lengths = Gaps.write(
-        UnsafeRawPointer(block.start), count: count, width: width, gaps: blockGaps.octets,
+        UnsafeRawPointer(elements.start), count: count, width: width, gaps: blockGaps.octets,
         values: blockValues.start)
       guard lengths.gaps <= ZstdFrame.contentSize else { return nil }
       counts.append(lengths)

@@ -8,6 +8,8 @@ enum Codec: String, Sendable, CaseIterable {
   case sparse
   /// Differences, in steps from one float to the next, from another tensor: see `Steps`.
   case ulp
+  /// Such differences, most of which are none, sorted and then as `sparse` keeps elements.
+  case sparseULP = "sparseulp"
   /// The bits that differ from another tensor's, as planes.
   case xor
   /// Lossy: integers of 8 bits times a scale for each group of elements.
@@ -19,7 +21,9 @@ enum Codec: String, Sendable, CaseIterable {
   /// Lossy: the product of two thin matrices: see `ThinProduct`.
   case lowrank
 
-  var needsReference: Bool { self == .ulp || self == .xor }
+  var needsReference: Bool { self == .ulp || self == .sparseULP || self == .xor }
+  /// Gaps and values.
+  var isSparse: Bool { self == .sparse || self == .sparseULP }
   /// Small integers times scales.
   var isQuantised: Bool { self == .int8 || self == .int4 || self == .sign1 }
   var isLossy: Bool { isQuantised || self == .lowrank }
@@ -30,7 +34,7 @@ enum Codec: String, Sendable, CaseIterable {
     case .raw: true
     case .planes, .int8, .int4, .sign1, .lowrank: dtype.isArithmetic
     case .sparse, .xor: dtype.bitWidth >= 8
-    case .ulp: dtype.isFloat
+    case .ulp, .sparseULP: dtype.isFloat
     }
   }
 }
@@ -73,7 +77,7 @@ extension Codec {
   var suffixes: [String] {
     switch self {
     case .raw, .planes, .ulp, .xor: [""]
-    case .sparse: ["#gaps", "#values"]
+    case .sparse, .sparseULP: ["#gaps", "#values"]
     case .int8, .int4, .sign1: ["", "#scale"]
     case .lowrank: ["#left", "#right"]
     }
@@ -81,7 +85,7 @@ extension Codec {
 
   /// The inner tensors of a tensor that is coded so.
   /// - Parameters:
-  ///   - sparse: the lengths of the gaps and of the values, for `sparse`.
+  ///   - sparse: the lengths of the gaps and of the values, for `sparse` and `sparseULP`.
   ///   - group: the elements that share a scale, for the quantised ones.
   ///   - rank: the shorter side of both factors, for `lowrank`.
   func parts(
@@ -100,7 +104,7 @@ extension Codec {
       return [PartShape(suffix: "", dtype: tensor.dtype, shape: tensor.shape, streams: 1)]
     case .planes, .ulp, .xor:
       return [PartShape(suffix: "", dtype: .u8, shape: [width, count], streams: width)]
-    case .sparse:
+    case .sparse, .sparseULP:
       return [
         PartShape(
           suffix: "#gaps", dtype: .u8, shape: [sparse.gaps], streams: 1, isCutByBlock: true),

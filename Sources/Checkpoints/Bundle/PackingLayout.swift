@@ -2,9 +2,10 @@ extension Packing {
   /// Names the parts, writes the recipe and puts the streams into the order of the file.
   mutating func layOut(_ models: [(name: String, source: any TensorSource)]) throws {
     var recipe = Bundle.Recipe(models: [])
-    recipe.version = Bundle.versions.first {
-      Bundle.largestDepth(inVersion: $0) >= tensors.lazy.map { $0.depth }.max() ?? 0
-    }!
+    let needsSecond = tensors.contains {
+      $0.depth > Bundle.largestDepth(inVersion: 1) || $0.choice.codec == .sparseULP
+    }
+    recipe.version = needsSecond ? 2 : 1
     var names = PartNames(taken: Set(tensors.map { ExactName($0.fullName) }))
     var parts: [TensorInfo] = []
     var streamsOfPart: [ExactName: [Stream]] = [:]
@@ -62,7 +63,7 @@ extension Packing {
   private func codedStreams(of index: Int) -> [(PartShape, [Stream])] {
     let planned = tensors[index]
     let (finding, choice) = (planned.finding, planned.choice)
-    let lengths = finding.sparse.reduce(into: (gaps: 0, values: 0)) {
+    let lengths = choice.sparse.reduce(into: (gaps: 0, values: 0)) {
       $0.gaps += $1.gaps
       $0.values += $1.values
     }
@@ -80,7 +81,7 @@ extension Packing {
         }
         return Stream(
           content, choice.modes[next],
-          sizes: finding.sparse.map { next == 0 ? $0.gaps : $0.values })
+          sizes: choice.sparse.map { next == 0 ? $0.gaps : $0.values })
       }
       return (shape, streams)
     }

@@ -71,7 +71,7 @@ extension Packing {
     var leader: (stream: Int, tensor: Int, room: Int)?
     for (index, stream) in streams.enumerated() {
       guard case .coded(let tensor, _) = stream.content,
-        [.ulp, .xor, .sparse].contains(tensors[tensor].choice.codec)
+        [.ulp, .sparseULP, .xor, .sparse].contains(tensors[tensor].choice.codec)
       else { continue }
       let need = stream.sizes.count * ZstdFrame.largest
       if let first = leader, first.tensor == tensor, first.room >= need,
