@@ -44,9 +44,6 @@ save_file(
     HERE / "good-xor.safetensors",
 )
 subprocess.run([os.environ["SMELT"], "pack", HERE / "good-xor.safetensors", HERE / "good-xor.safetensors.zst"], check=True)
-few = np.where(random.random((64, 32)) < 0.1, tensors["experts.1.weight"], tensors["experts.0.weight"])
-save_file({"w.0": tensors["experts.0.weight"], "w.1": few}, HERE / "good-thin.safetensors")
-subprocess.run([os.environ["SMELT"], "pack", HERE / "good-thin.safetensors", HERE / "good-thin.safetensors.zst"], check=True)
 matrix = normal(33, 150)
 save_file(
     {"half": matrix[:, :130].astype(np.float16), "brain": matrix.astype(ml_dtypes.bfloat16), "single": matrix, "bias": matrix[0]},
@@ -57,6 +54,10 @@ for lossy in ["int8", "int4", "sign1", "lowrank:3"]:
     subprocess.run([os.environ["SMELT"], "pack", "--lossy", lossy, HERE / "matrices.safetensors", bundle], check=True)
     subprocess.run([os.environ["SMELT"], "unpack", bundle, "-o", bundle.with_suffix("")], check=True)
 (HERE / "matrices.safetensors").unlink()
+
+few = np.where(random.random((64, 32)) < 0.1, tensors["experts.1.weight"], tensors["experts.0.weight"])
+save_file({"w.0": tensors["experts.0.weight"], "w.1": few}, HERE / "good-thin.safetensors")
+subprocess.run([os.environ["SMELT"], "pack", HERE / "good-thin.safetensors", HERE / "good-thin.safetensors.zst"], check=True)
 
 whole = good.read_bytes()
 flipped = bytearray(whole)
