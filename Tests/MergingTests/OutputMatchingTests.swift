@@ -87,7 +87,8 @@ private struct SmallLayer {
     let mixtures = Matrix<Float>(rowCount: 2, columnCount: 3, elements: [0.3, -0.2, 1, 0, 0.5, 2])
     let inputs = layer.tokens.rows(0..<2)
     let zero = Matrix(rowCount: 2, columnCount: 3, repeating: Float(0))
-    let outputs = layer.module.outputs(inputs, mixtures: [zero, mixtures])[1]
+    let outputs = layer.module.outputs(
+      FirstSums(layer.module, inputs), mixtures: [zero, mixtures])[1]
     for row in 0..<2 {
       let exact = layer.module.weights(Array(mixtures[row: row]))(inputs.rows([row]), .gelu)
       for column in 0..<SmallLayer.width {

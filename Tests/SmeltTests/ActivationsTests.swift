@@ -81,6 +81,31 @@ struct ActivationsTests {
     #expect(gates[0][0].contains { abs($0) > 0.1 }, "it is still the one that it was made with")
   }
 
+  @Test func `one gate for all layers is fitted to what they see with its first fit`() throws {
+    let inputs = try writeInputs()
+    let made = try smelt(
+      ["upscale", "--base", base] + models + ["--shared-gate", "-o", folder("moe.safetensors")])
+    #expect(made.code == 0)
+    try succeed(
+      "calibrate", folder("moe.safetensors"), "--progressive", inputs, "--heads", "4", "-o",
+      folder("fitted.safetensors"))
+    // The same by hand: a fit to what is recorded from the mixture, and one to what it makes.
+    for (mixture, result) in [("moe", "first"), ("first", "second")] {
+      try succeed(
+        "activations", folder("\(mixture).safetensors"), inputs, "--heads", "4", "--tokens", "-o",
+        folder("seen.safetensors"))
+      try succeed(
+        "calibrate", folder("moe.safetensors"), "--activations", folder("seen.safetensors"), "-o",
+        folder("\(result).safetensors"))
+    }
+    func gate(_ name: String) throws -> [Float] {
+      let fitted = try Checkpoint.open(folder("\(name).safetensors"))
+      return try fitted.floats(of: "vision_model.encoder.layers.0.mlp.gate.fc2.weight")
+    }
+    #expect(try gate("fitted") == gate("second"))
+    #expect(try gate("fitted") != gate("first"))
+  }
+
   @Test func `the static part's λ is chosen by the model's outputs`() throws {
     let inputs = try writeInputs()
     for (name, scaling) in [("third", "0.3"), ("chosen", "0.6")] {

@@ -20,22 +20,27 @@ public enum Activation: String, Sendable, CaseIterable {
   }
 
   /// The derivative at `x`.
-  public func derivative(_ x: Float) -> Float {
+  public func derivative(_ x: Float) -> Float { valueAndDerivative(x).derivative }
+
+  /// Both at once, for little more than one of them.
+  func valueAndDerivative(_ x: Float) -> (value: Float, derivative: Float) {
     switch self {
     case .quickGELU:
       let s = sigmoid(1.702 * x)
-      return s + 1.702 * x * s * (1 - s)
+      return (x * s, s + 1.702 * x * s * (1 - s))
     case .gelu:
+      let share = 0.5 * (1 + erff(x * Float(0.5).squareRoot()))
       let density = expf(-0.5 * x * x) * Float(0.5 / Double.pi).squareRoot()
-      return 0.5 * (1 + erff(x * Float(0.5).squareRoot())) + x * density
+      return (x * share, share + x * density)
     case .geluTanh:
       let t = tanhf(Self.slope * (x + 0.044715 * x * x * x))
-      return 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * Self.slope * (1 + 3 * 0.044715 * x * x)
+      let steepness = Self.slope * (1 + 3 * 0.044715 * x * x)
+      return (0.5 * x * (1 + t), 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * steepness)
     case .relu:
-      return x > 0 ? 1 : 0
+      return x > 0 ? (x, 1) : (0, 0)
     case .silu:
       let s = sigmoid(x)
-      return s + x * s * (1 - s)
+      return (x * s, s + x * s * (1 - s))
     }
   }
 

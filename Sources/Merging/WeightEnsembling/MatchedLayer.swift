@@ -7,18 +7,43 @@ struct MatchedLayer: Sendable {
   let experts: [MLPWeights]?
 
   /// How many rows of tokens go through the matrix products together.
-  private static let batch = 512
+  static let batch = 512
 
   private var tokensPerSample: Int { tokens.rowCount / samples.tasks.count }
 
-  private func tokens(of samples: ArraySlice<Int>) -> Matrix<Float> {
-    let count = tokensPerSample
-    return tokens.rows(samples.flatMap { $0 * count..<($0 + 1) * count })
+  /// Some samples in the order of their tasks, with their tokens and what the first maps say.
+  struct Batch: Sendable {
+    let samples: ArraySlice<Int>
+    let inputs: Matrix<Float>
+    /// The rows of every task there is.
+    let runs: [FirstSums.Run]
+    fileprivate(set) var sums: FirstSums
   }
 
-  private func batches(_ rows: [Int]) -> [ArraySlice<Int>] {
+  /// The samples in batches, each computed as it is asked for.
+  func batches(of rows: [Int]) -> some Sequence<Batch> {
+    let order = rows.enumerated().sorted {
+      (samples.tasks[$0.element], $0.offset) < (samples.tasks[$1.element], $1.offset)
+    }.map(\.element)
     let size = max(1, Self.batch / tokensPerSample)
-    return stride(from: 0, to: rows.count, by: size).map { rows[$0..<min($0 + size, rows.count)] }
+    return stride(from: 0, to: order.count, by: size).lazy.map { begin in
+      batch(order[begin..<min(begin + size, order.count)])
+    }
+  }
+
+  private func batch(_ own: ArraySlice<Int>) -> Batch {
+    let count = tokensPerSample
+    let inputs = tokens.rows(own.flatMap { $0 * count..<($0 + 1) * count })
+    var runs: [FirstSums.Run] = []
+    for (index, sample) in own.enumerated() {
+      let rows = index * count..<(index + 1) * count
+      if let last = runs.last, last.task == samples.tasks[sample] {
+        runs[runs.count - 1].rows = last.rows.lowerBound..<rows.upperBound
+      } else {
+        runs.append((samples.tasks[sample], rows))
+      }
+    }
+    return Batch(samples: own, inputs: inputs, runs: runs, sums: FirstSums(module, inputs))
   }
 
   /// The losses at the one-hot mixtures, with their derivatives.
@@ -26,52 +51,69 @@ struct MatchedLayer: Sendable {
   /// Only inner products of outputs are needed. Those of wide outputs are taken of `sketchWidth`
   /// random directions, which keep them to one part in √sketchWidth, without bias, and cost a
   /// fraction.
-  func quadraticForms() -> QuadraticForms {
+  ///
+  /// - Parameter known: batches that have been computed already.
+  func quadraticForms(_ known: [Batch] = []) -> QuadraticForms {
     let layer = sketched()
-    let module = layer.module
-    let order = module.taskVectors.count
-    var forms = QuadraticForms(order: order, count: samples.tasks.count)
-    for task in 0..<order {
-      let mixed = module.expert(task)
-      let rows = samples.tasks.indices.filter { samples.tasks[$0] == task }
-      for sample in rows { forms.points[sample, task] = 1 }
-      for batch in batches(rows) {
-        let inputs = tokens(of: batch)
-        let inside = MLPTangent(mixed, at: inputs, module.activation)
-        var residuals: Matrix<Float>?
-        if let experts = layer.experts {
-          residuals = mixed.fc2(inside.hidden)
-          residuals!.subtract(experts[task](inputs, module.activation))
-        }
-        // The derivatives by all weights of the mixture, below each other.
-        var derivatives = Matrix(
-          .plain(inside.changes(by: module.taskVectors, inputs)), .transposed(mixed.fc2.weight))
-        let length = inputs.rowCount * derivatives.columnCount
-        for (index, taskVector) in module.taskVectors.enumerated() {
-          derivatives.add(taskVector.fc2(inside.hidden), atRow: index * inputs.rowCount)
-        }
-        let sampleLength = tokensPerSample * derivatives.columnCount
-        for (index, sample) in batch.enumerated() {
-          func start(_ direction: Int) -> Int { direction * length + index * sampleLength }
-          for i in 0..<order {
-            let first = derivatives.elements.span.extracting(start(i)..<start(i) + sampleLength)
-            for j in 0...i {
-              let value = dotProduct(
-                first, derivatives.elements.span.extracting(start(j)..<start(j) + sampleLength))
-              forms.curvatures[sample, i * order + j] = value
-              forms.curvatures[sample, j * order + i] = value
-            }
-            guard let residuals else { continue }
-            forms.slopes[sample, i] = dotProduct(
-              first, residuals.elements.span.extracting(start(0)..<start(0) + sampleLength))
-          }
-          guard let residuals else { continue }
-          let own = residuals.elements.span.extracting(start(0)..<start(0) + sampleLength)
-          forms.constants[sample] = dotProduct(own, own)
-        }
-      }
+    var forms = QuadraticForms(
+      order: module.taskVectors.count, count: samples.tasks.count)
+    for var batch in known { layer.use(&batch, for: &forms) }
+    let seen = Set(known.flatMap(\.samples))
+    for var batch in batches(of: samples.tasks.indices.filter { !seen.contains($0) }) {
+      layer.use(&batch, for: &forms)
     }
     return forms
+  }
+
+  /// Finds the forms of a batch, whose sums are used up.
+  private func use(_ batch: inout Batch, for forms: inout QuadraticForms) {
+    let order = forms.order
+    let inside = batch.sums.tangent(at: batch.runs, module.activation)
+    // The second maps of the one-hot mixtures.
+    let last = batch.runs.map { module.lastMap(of: $0.task) }
+    let derivatives = (0..<order).map { task in
+      var derivative = module.taskVectors[task].fc2(inside.hidden)
+      let change = batch.sums.takeChange(by: task, at: inside)
+      for (run, fc2) in zip(batch.runs, last) {
+        derivative.add(.rows(change, run.rows), .transposed(fc2.weight), toRows: run.rows)
+      }
+      return derivative
+    }
+    let residuals = experts.map { distances(of: batch, inside.hidden, last, from: $0) }
+    let length = tokensPerSample * module.base.fc2.bias.count
+    for (index, sample) in batch.samples.enumerated() {
+      let range = index * length..<(index + 1) * length
+      forms.points[sample, samples.tasks[sample]] = 1
+      for i in 0..<order {
+        for j in 0...i {
+          let value = derivatives[i].product(derivatives[j], in: range)
+          forms.curvatures[sample, i * order + j] = value
+          forms.curvatures[sample, j * order + i] = value
+        }
+        if let residuals {
+          forms.slopes[sample, i] = derivatives[i].product(residuals, in: range)
+        }
+      }
+      if let residuals { forms.constants[sample] = residuals.product(residuals, in: range) }
+    }
+  }
+
+  /// The outputs of the one-hot mixtures less the experts'.
+  private func distances(
+    of batch: Batch, _ hidden: Matrix<Float>, _ last: [Dense], from experts: [MLPWeights]
+  ) -> Matrix<Float> {
+    var residuals = Matrix(
+      stacking: zip(batch.runs, last).map { run, fc2 in fc2(hidden.rows(run.rows)) })
+    residuals.subtract(outputs(of: batch, experts))
+    return residuals
+  }
+
+  /// What each sample's own expert makes of it.
+  private func outputs(of batch: Batch, _ experts: [MLPWeights]) -> Matrix<Float> {
+    Matrix(
+      stacking: batch.runs.map { run in
+        experts[run.task](batch.inputs.rows(run.rows), module.activation)
+      })
   }
 
   /// How many directions stand for wider outputs.
@@ -101,29 +143,24 @@ struct MatchedLayer: Sendable {
       samples: samples, tokens: tokens, module: module, experts: experts?.map(sketched))
   }
 
-  /// What gates do on some of the samples.
-  func qualities(of gates: [Dense], _ rows: [Int]) -> [OutputMatching.Quality] {
-    qualities(ofMixtures: gates.map { $0(samples.features) }, rows)
-  }
-
-  /// What mixtures, one for each sample, do on some of the samples.
-  func qualities(ofMixtures mixtures: [Matrix<Float>], _ rows: [Int]) -> [OutputMatching.Quality] {
+  /// What mixtures, one for each sample, do on the samples of some batches.
+  func qualities(
+    ofMixtures mixtures: [Matrix<Float>], _ batches: some Sequence<Batch>
+  ) -> [OutputMatching.Quality] {
     var errors = mixtures.map { _ in 0.0 }
     var distance = 0.0
-    for task in 0..<module.taskVectors.count {
-      let expert = experts?[task] ?? module.expert(task)
-      for batch in batches(rows.filter { samples.tasks[$0] == task }) {
-        let inputs = tokens(of: batch)
-        let wanted = expert(inputs, module.activation)
-        var base = module.base(inputs, module.activation)
-        base.subtract(wanted)
-        distance += dotProduct(base.elements.span, base.elements.span)
-        let tokenSamples = batch.flatMap { repeatElement($0, count: tokensPerSample) }
-        let outputs = module.outputs(inputs, mixtures: mixtures.map { $0.rows(tokenSamples) })
-        for (gate, var output) in outputs.enumerated() {
-          output.subtract(wanted)
-          errors[gate] += dotProduct(output.elements.span, output.elements.span)
-        }
+    var rows: [Int] = []
+    for batch in batches {
+      rows += batch.samples
+      let wanted = experts.map { outputs(of: batch, $0) } ?? oneHotOutputs(of: batch)
+      var base = module.base.fc2(batch.sums.hidden(module.activation))
+      base.subtract(wanted)
+      distance += dotProduct(base.elements.span, base.elements.span)
+      let tokenSamples = batch.samples.flatMap { repeatElement($0, count: tokensPerSample) }
+      let mixed = module.outputs(batch.sums, mixtures: mixtures.map { $0.rows(tokenSamples) })
+      for (gate, var output) in mixed.enumerated() {
+        output.subtract(wanted)
+        errors[gate] += dotProduct(output.elements.span, output.elements.span)
       }
     }
     return zip(mixtures, errors).map { mixtures, error in
@@ -131,6 +168,13 @@ struct MatchedLayer: Sendable {
         outputError: distance > 0 ? (error / distance).squareRoot() : 0,
         routingAccuracy: Self.accuracy(of: mixtures, rows, samples.tasks))
     }
+  }
+
+  /// What each sample's one-hot mixture makes of it.
+  private func oneHotOutputs(of batch: Batch) -> Matrix<Float> {
+    let hidden = batch.sums.hidden(at: batch.runs, module.activation)
+    return Matrix(
+      stacking: batch.runs.map { run in module.lastMap(of: run.task)(hidden.rows(run.rows)) })
   }
 
   /// The share of some samples whose largest weight is their own task's.
@@ -147,102 +191,30 @@ extension WeightEnsemblingMLP {
     return expert
   }
 
+  /// The second map of θ₀ + τⱼ.
+  fileprivate func lastMap(of task: Int) -> Dense {
+    var last = base.fc2
+    last.add(taskVectors[task].fc2, scale: 1)
+    return last
+  }
+
   /// The outputs for rows of tokens, each with a mixture of its own, without putting together
   /// weights for every sample: one result for each choice of mixtures.
-  func outputs(_ tokens: Matrix<Float>, mixtures: [Matrix<Float>]) -> [Matrix<Float>] {
-    func mixed(_ map: (MLPWeights) -> Dense) -> [Matrix<Float>] {
-      var sums = Array(repeating: map(base)(tokens), count: mixtures.count)
-      for (task, taskVector) in taskVectors.enumerated() {
-        let term = map(taskVector)(tokens)
-        for index in sums.indices { sums[index].add(term, rowScales: mixtures[index], task) }
-      }
-      return sums
+  func outputs(_ sums: FirstSums, mixtures: [Matrix<Float>]) -> [Matrix<Float>] {
+    let hidden = Matrix(stacking: mixtures.map { sums.hidden(of: $0, activation) })
+    let stacked = Matrix(stacking: mixtures)
+    var outputs = base.fc2(hidden)
+    for (task, taskVector) in taskVectors.enumerated() {
+      outputs.add(taskVector.fc2(hidden), rowsTimes: stacked.column(task))
     }
-    let sums = mixed { $0.fc1 }
-    let gates = base.gate == nil ? nil : mixed { $0.gate! }
-    return mixtures.enumerated().map { index, mixture in
-      var hidden = (gates ?? sums)[index].map { activation($0) }
-      if gates != nil { hidden.multiply(sums[index]) }
-      var output = base.fc2(hidden)
-      for (task, taskVector) in taskVectors.enumerated() {
-        output.add(taskVector.fc2(hidden), rowScales: mixture, task)
-      }
-      return output
-    }
+    let count = mixtures[0].rowCount
+    return mixtures.indices.map { outputs.rows($0 * count..<($0 + 1) * count) }
   }
 }
 
 extension Matrix where Scalar == Float {
-  /// Adds another matrix, each row as often as a column of `rowScales` says.
-  fileprivate mutating func add(_ other: Matrix, rowScales: Matrix, _ column: Int) {
-    for row in 0..<rowCount {
-      let scale = rowScales[row, column]
-      for index in row * columnCount..<(row + 1) * columnCount {
-        elements[index] += scale * other.elements[index]
-      }
-    }
-  }
-}
-
-/// What is inside an MLP at some inputs, and how it follows a change of its weights.
-private struct MLPTangent {
-  /// What the second map gets.
-  let hidden: Matrix<Float>
-  /// By how much `hidden` grows with the input of the activation.
-  private let slopes: Matrix<Float>
-  /// Of a gated MLP: by how much `hidden` grows with the other factor.
-  private let gates: Matrix<Float>?
-
-  init(_ mlp: MLPWeights, at inputs: Matrix<Float>, _ activation: Activation) {
-    let sums = mlp.fc1(inputs)
-    guard let gate = mlp.gate else {
-      hidden = sums.map { activation($0) }
-      slopes = sums.map { activation.derivative($0) }
-      gates = nil
-      return
-    }
-    let gateSums = gate(inputs)
-    let opened = gateSums.map { activation($0) }
-    var slopes = gateSums.map { activation.derivative($0) }
-    slopes.multiply(sums)
-    var hidden = opened
-    hidden.multiply(sums)
-    (self.hidden, self.slopes, gates) = (hidden, slopes, opened)
-  }
-
-  /// The derivatives of `hidden` towards changes of the weights, below each other.
-  func changes(by taskVectors: [MLPWeights], _ inputs: Matrix<Float>) -> Matrix<Float> {
-    var changes: [Float] = []
-    changes.reserveCapacity(taskVectors.count * hidden.elements.count)
-    for taskVector in taskVectors { changes += change(by: taskVector, inputs).elements }
-    return Matrix(
-      rowCount: taskVectors.count * hidden.rowCount, columnCount: hidden.columnCount,
-      elements: changes)
-  }
-
-  private func change(by taskVector: MLPWeights, _ inputs: Matrix<Float>) -> Matrix<Float> {
-    var change = taskVector.fc1(inputs)
-    guard let gates, let gate = taskVector.gate else {
-      change.multiply(slopes)
-      return change
-    }
-    change.multiply(gates)
-    var opening = gate(inputs)
-    opening.multiply(slopes)
-    for index in change.elements.indices { change.elements[index] += opening.elements[index] }
-    return change
-  }
-}
-
-extension Matrix where Scalar == Float {
-  /// Adds a matrix to some of the rows.
-  fileprivate mutating func add(_ other: Matrix, atRow row: Int) {
-    let start = row * columnCount
-    for index in other.elements.indices { elements[start + index] += other.elements[index] }
-  }
-
-  /// Multiplies element by element.
-  mutating func multiply(_ other: Matrix) {
-    for index in elements.indices { elements[index] *= other.elements[index] }
+  /// The inner product of some of the elements.
+  fileprivate func product(_ other: Matrix, in range: Range<Int>) -> Double {
+    dotProduct(elements.span.extracting(range), other.elements.span.extracting(range))
   }
 }

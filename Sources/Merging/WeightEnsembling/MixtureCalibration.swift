@@ -121,9 +121,6 @@ public struct MixtureCalibration: Sendable {
     var remarks: [String] = []
     if options.method == .output, mixture.gates.count < mixture.modules.count {
       remarks.append("a shared router is fitted to the tasks by ridge, not to the outputs")
-      if activations.source is ProgressiveActivations {
-        remarks.append("it is fitted to what the layers see with the router that the mixture has")
-      }
     } else if options.method == .output, activation == nil {
       remarks.append(
         "the MLPs' activation is not known, so the routers are fitted to the tasks by ridge; tell it with --activation"
@@ -179,13 +176,22 @@ extension MixtureCalibration {
   /// Bytes of a layer's weights, features and what is computed from them.
   private func need(_ index: Int) -> Int {
     let (module, keys) = mixture.modules[index]
-    let parameters = keys.reduce(0) {
-      $0 + mixture.source.manifest["\(module.prefix).base_model.\($1)"]!.elementCount
+    func elementCount(_ key: String) -> Int {
+      mixture.source.manifest["\(module.prefix).base_model.\(key)"]!.elementCount
     }
+    let parameters = keys.reduce(0) { $0 + elementCount($1) }
     let experts = mixture.description.experts.count
     let weights = parameters * (2 + experts * (options.experts == nil ? 1 : 2))
     let features = samples.count * module.width * (2 + 3 * 2) + 3 * module.width * module.width * 2
-    return 4 * (weights + features)
+    guard options.method == .output, !module.isAttention else { return 4 * (weights + features) }
+    // What the first maps say to the tokens that are held out and to a batch of others, and what
+    // is computed from a batch.
+    let firstMaps = module.maps.dropLast().map { "\($0).weight" }.filter { keys.contains($0) }
+    let hidden = firstMaps.reduce(0) { $0 + elementCount($1) } / max(1, module.width)
+    let tokens = max(
+      samples.count, min(Self.tokenRows, activations.tokenCount(of: module.prefix) * samples.count))
+    let sums = (experts + 1) * (tokens / 4 + MatchedLayer.batch) + 6 * MatchedLayer.batch
+    return 4 * (weights + features + hidden * sums)
   }
 
   private func features(of module: String) throws -> (samples: CalibrationSamples, largest: Float) {
@@ -230,27 +236,40 @@ extension MixtureCalibration {
   private func calibrateShared(into sink: any TensorSink) throws -> [LayerReport] {
     var reports: [LayerReport] = []
     for (copies, modules) in mixture.gates {
-      let inputs = try modules.map { try features(of: $0.prefix) }
-      let stacked = try CalibrationSamples(layers: inputs.map { $0.samples })
-      let ridge = RouterCalibration(stacked)
-      let split = inputs[0].samples.canBeSplit ? try inputs[0].samples.split() : nil
+      var fit = try fitShared(modules)
+      if let progress = activations.source as? ProgressiveActivations {
+        // What the layers see depends on the gate: it is fitted again to what they see with it.
+        let observed = progress.observing(RouterSink(manifest: manifest))
+        for gate in copies { try fit.router.write(into: observed, gate: gate) }
+        fit = try fitShared(modules)
+      }
+      let split = fit.samples[0].canBeSplit ? try fit.samples[0].split() : nil
       let trial = try split.map { split in
         RouterCalibration(
-          try CalibrationSamples(layers: inputs.map { $0.samples.subset(split.fitted) })
+          try CalibrationSamples(layers: fit.samples.map { $0.subset(split.fitted) })
         ).gate
       }
-      for (module, input) in zip(modules, inputs) {
+      for (module, samples) in zip(modules, fit.samples) {
         let index = mixture.modules.firstIndex { $0.module == module }!
-        let layer = try layer(index, input.samples)
-        reports.append(
-          try report(module, layer, input.samples, ridge, trial: trial))
+        let layer = try layer(index, samples)
+        reports.append(try report(module, layer, samples, fit.ridge, trial: trial))
       }
-      let router = Router(
-        embedding: ridge.gate, depth: mixture.description.routerDepth,
-        largestInput: inputs.map { $0.largest }.max()!)
-      for gate in copies { try router.write(into: sink, gate: gate) }
+      for gate in copies { try fit.router.write(into: sink, gate: gate) }
     }
     return reports
+  }
+
+  /// Fits a gate to what all its modules see at present.
+  private func fitShared(
+    _ modules: [MixtureDescription.Module]
+  ) throws -> (samples: [CalibrationSamples], ridge: RouterCalibration, router: Router) {
+    let inputs = try modules.map { try features(of: $0.prefix) }
+    let samples = inputs.map { $0.samples }
+    let ridge = RouterCalibration(try CalibrationSamples(layers: samples))
+    let router = Router(
+      embedding: ridge.gate, depth: mixture.description.routerDepth,
+      largestInput: inputs.map { $0.largest }.max()!)
+    return (samples, ridge, router)
   }
 
   // MARK: What came of it
@@ -266,35 +285,29 @@ extension MixtureCalibration {
     }
     let split = try samples.split()
     let gate = trial ?? RouterCalibration(samples.subset(split.fitted)).gate
-    let after =
-      layer?.qualities(of: [gate], split.held)[0]
-      ?? OutputMatching.Quality(
-        outputError: .nan,
-        routingAccuracy: MatchedLayer.accuracy(
-          of: gate(samples.features), split.held, samples.tasks))
-    let present = try presentMixtures(module, samples)
-    let before = layer?.qualities(ofMixtures: [present], split.held)[0]
-    return LayerReport(
-      module: module.prefix, ridge: ridge.ridge,
-      before: before
-        ?? OutputMatching.Quality(
+    let mixtures = [try presentMixtures(module, samples), gate(samples.features)]
+    let qualities =
+      layer.map { $0.qualities(ofMixtures: mixtures, $0.batches(of: split.held)) }
+      ?? mixtures.map {
+        OutputMatching.Quality(
           outputError: .nan,
-          routingAccuracy: MatchedLayer.accuracy(of: present, split.held, samples.tasks)),
-      after: after, isMatched: false)
+          routingAccuracy: MatchedLayer.accuracy(of: $0, split.held, samples.tasks))
+      }
+    return LayerReport(
+      module: module.prefix, ridge: ridge.ridge, before: qualities[0], after: qualities[1],
+      isMatched: false)
   }
 
   /// What the router that is there gives to the held-out samples; zeros for the others.
   private func presentMixtures(
     _ module: MixtureDescription.Module, _ samples: CalibrationSamples
   ) throws -> Matrix<Float> {
-    let router = try mixture.router(module.gate)
+    let held = try samples.split().held
+    let answers = try mixture.router(module.gate).answers(samples.features.rows(held))
     var mixtures = Matrix<Float>(
       rowCount: samples.tasks.count, columnCount: samples.taskCount, repeating: 0)
-    for row in try samples.split().held {
-      let mean = Matrix(
-        rowCount: 1, columnCount: samples.features.columnCount,
-        elements: Array(samples.features[row: row]))
-      for (expert, weight) in router.mixture(mean).enumerated() { mixtures[row, expert] = weight }
+    for (index, row) in held.enumerated() {
+      for expert in 0..<samples.taskCount { mixtures[row, expert] = answers[index, expert] }
     }
     return mixtures
   }

@@ -7,7 +7,7 @@ import Glibc
 /// vectors, and treat all mistakes alike, though some hardly change the output. The output is a
 /// smooth function of the k weights of a sample, close to linear where fine-tuning moved little.
 /// So its derivatives at the one-hot mixture turn the loss into a quadratic form of k variables a
-/// sample (Gauss and Newton's approximation), computed once with 3k + 4 matrix products a sample,
+/// sample (Gauss and Newton's approximation), computed once with at most 3k + 4 matrix products,
 /// and the gate is the solution of a linear system. A descent through the network would take as
 /// many products for every few steps.
 ///
@@ -47,7 +47,9 @@ public struct OutputMatching: Sendable {
     let split = try samples.split()
     let layer = MatchedLayer(
       samples: samples, tokens: tokens, module: module, experts: experts)
-    let forms = layer.quadraticForms()
+    // What is held out is looked at twice: its forms choose the ridge, its outputs are compared.
+    let held = Array(layer.batches(of: split.held))
+    let forms = layer.quadraticForms(held)
     let principal = PrincipalFeatures(samples.features)
 
     let start = RouterCalibration(samples.subset(split.fitted)).gate
@@ -69,7 +71,7 @@ public struct OutputMatching: Sendable {
 
     let qualities = layer.qualities(
       ofMixtures: [start, best.gate].map { $0(samples.features) } + (present.map { [$0] } ?? []),
-      split.held)
+      held)
     self.present = present.map { _ in qualities[2] }
     before = qualities[0]
     let everything = RouterCalibration(samples, principal).gate

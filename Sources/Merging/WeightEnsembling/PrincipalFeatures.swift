@@ -19,9 +19,7 @@ struct PrincipalFeatures: Sendable {
     // The eigenvectors of the smaller of the two Gram matrices give both sides of the SVD.
     let isWide = count < width
     let (eigenvalues, eigenvectors) = eigen(
-      isWide
-        ? Matrix(.plain(centred), .transposed(centred))
-        : Matrix(.transposed(centred), .plain(centred)))
+      Matrix(gramOf: isWide ? .plain(centred) : .transposed(centred)))
     // What is below this share of the largest is rounding.
     let first = eigenvalues.firstIndex { $0 > 1e-12 * eigenvalues.last! } ?? eigenvalues.count
     let order = eigenvectors.columnCount

@@ -24,22 +24,25 @@ public enum Router: Sendable, Equatable {
 
   /// w, the mean over the tokens (rows) of one sample of what the router says to each.
   public func mixture(_ tokens: Matrix<Float>) -> [Float] {
-    let answers: Matrix<Float>
-    switch self {
-    case .constant(let mixture):
-      return mixture
-    case .linear(let layer):
-      answers = layer(tokens)
-    case .hidden(let first, let second):
-      var hidden = first(tokens)
-      for index in hidden.elements.indices {
-        hidden.elements[index] = max(0, hidden.elements[index])
-      }
-      answers = second(hidden)
-    }
+    if case .constant(let mixture) = self { return mixture }
+    let answers = answers(tokens)
     return (0..<answers.columnCount).map { column in
       let sum = (0..<answers.rowCount).reduce(0.0) { $0 + Double(answers[$1, column]) }
       return Float(sum / Double(max(1, answers.rowCount)))
+    }
+  }
+
+  /// What the router says to each token: [tokens, experts].
+  func answers(_ tokens: Matrix<Float>) -> Matrix<Float> {
+    switch self {
+    case .constant(let mixture):
+      return Matrix(
+        rowCount: tokens.rowCount, columnCount: mixture.count,
+        elements: (0..<tokens.rowCount).flatMap { _ in mixture })
+    case .linear(let layer):
+      return layer(tokens)
+    case .hidden(let first, let second):
+      return second(first(tokens).map { max(0, $0) })
     }
   }
 

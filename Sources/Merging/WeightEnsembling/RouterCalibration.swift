@@ -98,17 +98,32 @@ public struct RouterCalibration: Sendable {
     let cross = Matrix(.transposed(features.scores), .plain(centredTargets))
     let scale = features.values.reduce(0, +) / Double(features.mean.count)
 
+    // How much every sample pulls its own fit, for every ridge.
+    let ridges = Self.relativeRidges.map { max($0 * scale, .leastNormalMagnitude) }
+    let shares = ridges.map { ridge in features.values.map { 1 / ($0 + ridge) } }
+    let leverages =
+      samples.layerCount == 1
+      ? Matrix(
+        .plain(features.scores.map { $0 * $0 }),
+        .transposed(
+          Matrix(
+            rowCount: ridges.count, columnCount: features.values.count,
+            elements: shares.flatMap { $0 })))
+      : nil
+
     var best: (ridge: Double, error: Double, accuracy: Double, coefficients: Matrix<Double>)?
-    for relative in Self.relativeRidges {
-      let ridge = max(relative * scale, .leastNormalMagnitude)
-      let shares = features.values.map { 1 / ($0 + ridge) }
+    for (index, (ridge, shares)) in zip(ridges, shares).enumerated() {
       var coefficients = cross
       for row in 0..<cross.rowCount {
         for column in 0..<cross.columnCount { coefficients[row, column] *= shares[row] }
       }
       var residuals = centredTargets
       residuals.subtract(Matrix(.plain(features.scores), .plain(coefficients)))
-      leaveOut(&residuals, features.scores, shares, layers: samples.layerCount)
+      if let leverages {
+        leaveOut(&residuals, leverages.column(index))
+      } else {
+        leaveOut(&residuals, features.scores, shares, layers: samples.layerCount)
+      }
       let error = residuals.elements.reduce(0) { $0 + $1 * $1 } / Double(residuals.rowCount)
       guard best == nil || error < best!.error else { continue }
       let weights = residuals.elements.indices.map { targets.elements[$0] - residuals.elements[$0] }
@@ -125,6 +140,16 @@ public struct RouterCalibration: Sendable {
 }
 
 /// Turns the residuals of a fit into those of samples that the fit has not seen.
+private func leaveOut(_ residuals: inout Matrix<Double>, _ leverages: [Double]) {
+  for (row, leverage) in leverages.enumerated() {
+    // The share of the unpenalised bias included. A sample that alone determines the fit cannot
+    // be left out: it predicts nothing.
+    let rest = max(1 - 1 / Double(residuals.rowCount) - leverage, 1e-12)
+    for column in 0..<residuals.columnCount { residuals[row, column] /= rest }
+  }
+}
+
+/// The same where several layers share every sample.
 private func leaveOut(
   _ residuals: inout Matrix<Double>, _ scores: Matrix<Double>, _ shares: [Double], layers: Int
 ) {

@@ -164,7 +164,7 @@ private func squaredDistance(_ left: [Matrix<Float>], _ right: [Matrix<Float>]) 
 }
 
 /// Takes routers and keeps nothing.
-private struct RouterSink: TensorSink {
+struct RouterSink: TensorSink {
   let manifest: Manifest
   func write(_ bytes: RawSpan, of tensor: TensorInfo, at offset: Int) {}
   func complete() {}

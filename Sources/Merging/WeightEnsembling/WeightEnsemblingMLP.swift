@@ -13,19 +13,14 @@ public struct Dense: Sendable, Equatable {
   /// The outputs for rows of inputs.
   func callAsFunction(_ inputs: Matrix<Float>) -> Matrix<Float> {
     var outputs = Matrix(.plain(inputs), .transposed(weight))
-    for row in 0..<outputs.rowCount {
-      let start = row * bias.count
-      for column in bias.indices { outputs.elements[start + column] += bias[column] }
-    }
+    outputs.add(toEachRow: bias)
     return outputs
   }
 
   /// Adds another layer's weights, `scale` times.
   mutating func add(_ other: Dense, scale: Float) {
     for index in bias.indices { bias[index] += scale * other.bias[index] }
-    for index in weight.elements.indices {
-      weight.elements[index] += scale * other.weight.elements[index]
-    }
+    weight.add(other.weight, times: scale)
   }
 }
 
