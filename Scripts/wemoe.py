@@ -130,13 +130,18 @@ def padding_mask(mask, tokens):
     """Return, of a prompt's attention mask in any form a model takes, who counts [batch, tokens], or None.
 
     With a compilable cache generate() prepares what the attentions themselves need: who sees whom
-    [batch, 1 or heads, tokens, keys], as booleans or as numbers to add to the scores (0: seen), or
-    a dictionary of these, an entry for every kind of attention.
+    [batch, 1 or heads, tokens, keys], as booleans, as numbers to add to the scores (0: seen) or, for
+    flex attention, as a function of the places; or a dictionary of these, an entry for every kind
+    of attention.
     """
     if isinstance(mask, dict):
         mask = next((entry for entry in mask.values() if entry is not None), None)
     if mask is None:
         return None
+    if hasattr(mask, "mask_mod"):
+        sample = torch.arange(mask.shape[0], device=mask.kv_indices.device)[:, None]
+        token = torch.arange(tokens, device=sample.device)
+        return mask.mask_mod(sample, sample.new_zeros(()), token, token).expand(len(sample), tokens)
     if not isinstance(mask, torch.Tensor):
         raise ValueError(f"the attention mask is a {type(mask).__name__}, which cannot be read: use another attention")
     if mask.ndim == 4:

@@ -23,6 +23,7 @@ try:
     import transformers
     import wemoe
     from safetensors.torch import load_file, save_file
+    from torch.nn.attention.flex_attention import create_block_mask
 except ImportError as error:
     raise unittest.SkipTest(f"needs torch and transformers: {error}") from error
 
@@ -319,10 +320,13 @@ class WemoeTests(unittest.TestCase):
         sees = (keys[:, None] & causal)[:, None]
         added = torch.where(sees, 0.0, torch.finfo(torch.float32).min)
         shared = plain.bool()[:, None, None]
-        forms = (plain, sees, added, shared, {"full_attention": sees}, {"full_attention": None, "other": added})
+        flex = create_block_mask(lambda b, h, q, k: (k <= q) & keys[b, k], 2, None, 4, 6, device="cpu")
+        forms = (plain, sees, added, shared, flex, {"full_attention": sees}, {"full_attention": None, "other": added})
         for form in forms:
             self.assertEqual(wemoe.padding_mask(form, 4).int().tolist(), plain.tolist())
         self.assertEqual(wemoe.padding_mask(sees[1:, :, :1], 1).tolist(), [[True]])
+        unpadded = create_block_mask(lambda b, h, q, k: k <= q, 2, None, 4, 6, device="cpu")
+        self.assertTrue(wemoe.padding_mask(unpadded, 4).all())
         self.assertIsNone(wemoe.padding_mask({"full_attention": None}, 4))
         with self.assertRaisesRegex(ValueError, "use another attention"):
             wemoe.padding_mask("mask", 4)
