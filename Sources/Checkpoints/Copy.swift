@@ -83,12 +83,6 @@ struct Pieces: Sendable {
   /// Where the tensor that this is a piece of stands in the list.
   func position(ofTensorWith piece: Int) -> Int {
     // The last tensor that starts at or before the piece; empty tensors have no piece.
-    var low = 0
-    var high = tensors.count
-    while high - low > 1 {
-      let middle = (low + high) / 2
-      if starts[middle] <= piece { low = middle } else { high = middle }
-    }
-    return low
+    starts.partitioningIndex { $0 > piece } - 1
   }
 }

@@ -61,8 +61,7 @@ struct Disentangle: ParsableCommand {
     options.cleaning = try cleaning.cleaning(or: .row)!
     options.form = form == .models ? .models : .vectors
     options.dtype = dtype
-    let models = try family.open()
-    let disentangling = try Disentangling(models, options)
+    let disentangling = try family.open { try Disentangling($0, options) }
     let grams = try gram.map { try TaskVectorGrams(contentsOf: $0) }
     let places = try DisentanglementPlaces(output, disentangling, redundant: redundant)
     try places.refuse(overInputs: family.paths + (gram.map { [$0] } ?? []))
@@ -78,7 +77,7 @@ struct Disentangle: ParsableCommand {
     let summary = try disentangling.run(
       into: outputs.experts, redundant: outputs.redundant, grams: grams,
       memory: resources.memory.bytes, workers: resources.jobs)
-    try models.checkUnchanged()
+    try disentangling.family.checkUnchanged()
     try Checkpoint.finish(outputs.all)
     try summary.grams.write(to: places.grams)
     try DisentanglementPage(summary).write(to: places.page)

@@ -25,7 +25,7 @@ struct Gram: ParsableCommand {
   func run() throws {
     if let output { try refuse(writing: output, overInputs: family.paths) }
     let grams = try TaskVectorGrams(
-      of: family.open(), memory: resources.memory.bytes, workers: resources.jobs)
+      of: family.open { $0 }, memory: resources.memory.bytes, workers: resources.jobs)
     try output.map { try grams.write(to: $0) }
     if json {
       let parts = [("whole", grams.whole)] + grams.layers.map { ($0.name, $0.gram) }

@@ -16,13 +16,15 @@ struct FamilyArguments: ParsableArguments {
 
   var paths: [String] { [base] + experts.map { $0.path } }
 
-  /// Opens all and checks them against each other.
-  func open() throws -> ModelFamily {
+  /// Opens all, checks them against each other and makes a plan of them. By which rules tensors were
+  /// matched is told if the plan accepts that.
+  func open<Plan>(for plan: (ModelFamily) throws -> Plan) throws -> Plan {
     let family = try ModelFamily(
       base: Checkpoint.open(base),
       experts: experts.map { .init(name: $0.name, source: try Checkpoint.open($0.path)) })
+    let plan = try plan(family)
     for remark in family.remarks { note(remark.description) }
-    return family
+    return plan
   }
 }
 

@@ -137,8 +137,7 @@ struct Upscale: ParsableCommand {
 
   func run() throws {
     if format == .mixtral { return try writeSparse() }
-    let models = try family.open()
-    var upscaling = try Upscaling(models, options())
+    var upscaling = try family.open { try Upscaling($0, options()) }
     for output in [output] + (taskVectors.map { [$0] } ?? []) {
       try refuse(writing: output, overInputs: family.paths)
     }
@@ -148,16 +147,17 @@ struct Upscale: ParsableCommand {
     let vectors = try taskVectors.map { try Checkpoint.create($0, upscaling.taskVectorManifest) }
     let report = try upscaling.run(
       into: mixture, taskVectors: vectors, memory: resources.memory.bytes, workers: resources.jobs)
-    try models.checkUnchanged()
+    try upscaling.family.checkUnchanged()
     try Checkpoint.finish([mixture] + (vectors.map { [$0] } ?? []))
     say(upscaling, report)
   }
 
   private func writeSparse() throws {
-    let models = try family.open()
-    let sparse = try SparseMixture(
-      models, scaling: scaling, activations: Checkpoint.open(activations!),
-      expertsPerToken: min(expertsPerToken, family.experts.count))
+    let sparse = try family.open {
+      try SparseMixture(
+        $0, scaling: scaling, activations: Checkpoint.open(activations!),
+        expertsPerToken: min(expertsPerToken, family.experts.count))
+    }
     try refuse(writing: output, overInputs: family.paths + [activations!])
     if dryRun { return sayPlan(of: sparse) }
     var options = WritingOptions()
@@ -169,7 +169,7 @@ struct Upscale: ParsableCommand {
     let sink = try Checkpoint.create(path, sparse.manifest, options)
     let reports = try sparse.run(
       into: sink, memory: resources.memory.bytes, workers: resources.jobs)
-    try models.checkUnchanged()
+    try sparse.family.checkUnchanged()
     try sink.finish()
     let rows = reports.map {
       [$0.module, "\(decimal(100 * $0.routingAccuracy, 1)) %", decimal($0.sharpness, 0)]
@@ -226,11 +226,18 @@ struct Upscale: ParsableCommand {
     let cost = upscaling.cost(
       memory: resources.memory.bytes, workers: resources.jobs,
       withTaskVectors: taskVectors != nil)
+    let isCoded = store != .dense
     let rows = [
       ["experts", "\(upscaling.family.experts.count)"],
       ["\(kinds(of: upscaling)) modules", "\(upscaling.modules.count)"],
       ["parameters", "\(millions(cost.parameters)) M"],
       ["  other than zero", "\(millions(cost.remaining)) M"],
+      isCoded ? ["  as stored", "\(millions(cost.stored)) M"] : [],
+      isCoded
+        ? [
+          "task vectors",
+          "\(ByteSize(bytes: cost.taskVectorBytes)) instead of \(ByteSize(bytes: cost.denseVectorBytes))",
+        ] : [],
       ["read", "\(ByteSize(bytes: cost.bytesRead)) (the MLPs \(cost.passes) ×)"],
       [
         "written",
@@ -238,7 +245,7 @@ struct Upscale: ParsableCommand {
       ],
       ["peak memory", "\(ByteSize(bytes: cost.peakMemory)) at most"],
     ]
-    print(Table(columns: [output, ""], rows: rows))
+    print(Table(columns: [output, ""], rows: rows.filter { !$0.isEmpty }))
     if upscaling.hasCorrections {
       print(
         "corrections: the weights that base + task vector misses by a last digit, counted when it is written"

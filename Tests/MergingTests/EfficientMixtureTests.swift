@@ -51,6 +51,47 @@ import Testing
     #expect(abs(description.errors[0] - error) < 1e-7)
   }
 
+  @Test func `what is not finite cannot be pruned, and is kept sparse as it is`() throws {
+    let small = try SmallFamily(SmallFamily.clip)
+    let name = "\(SmallFamily.mlp).fc1.weight"
+    let expert = try small.open(1) { tensors in
+      try tensors.map { tensor in
+        var values = tensor.values
+        if tensor.info.name == name { values[3] = .nan }
+        return try SmallTensor(tensor.info.name, tensor.info.shape, dtype: .f32, values)
+      }
+    }
+    let family = try ModelFamily(
+      base: small.open(0), experts: [.init(name: "a", source: expert)])
+    #expect(
+      throws: CheckpointError(
+        file: expert.path, tensor: name,
+        "has differences to the base that are not finite, which have no magnitude to prune by",
+        remedy: "leave out --prune: such a vector can only be stored dense or sparse")
+    ) { try small.upscale(family, options(prune: 0.5)) }
+    let sparse = try Mixture(small.upscale(family, options(.sparse))).decoded
+    #expect(try sparse.floats(of: "\(SmallFamily.mlp).task_vectors.0.fc1.weight")[3].isNaN)
+  }
+
+  @Test(arguments: [
+    (
+      TaskVectorStorage.int8, 4 * 6 + 4 * 6 + 6 + 4 + (6 + 4),
+      24 + 24 + 4 * (6 + 4) + 4 * 10 + 2 * 4
+    ),
+    (.lowRank(1), (6 + 4) + (4 + 6) + 6 + 4, 4 * (10 + 10 + 10) + 2 * 4),
+  ])
+  func `a plan counts what will be stored`(
+    storage: TaskVectorStorage, numbers: Int, bytes: Int
+  ) throws {
+    let small = try SmallFamily(SmallFamily.clip)
+    let upscaling = try Upscaling(small.family(experts: 2), options(storage))
+    let cost = upscaling.cost(memory: 0, workers: 1, withTaskVectors: false)
+    let dense = 2 * (24 + 24 + 6 + 4)
+    #expect(cost.denseVectorBytes == 4 * dense)
+    #expect(cost.parameters - cost.stored == dense - 2 * numbers)
+    #expect(cost.taskVectorBytes == 2 * bytes)
+  }
+
   @Test func `sparse and dense storage hold the same pruned vectors`() throws {
     let family = try small.family(experts: 3, base: .bf16)
     let dense = try small.upscale(family, options(prune: 0.7), name: "dense")

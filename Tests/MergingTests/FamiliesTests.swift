@@ -182,6 +182,25 @@ private let models: [NamedModel] = [
     #expect(try Upscaling(family, options).modules[0].width == 4)
   }
 
+  @Test(arguments: [
+    (
+      "blocks.{i}.ffn:a,c,b",
+      "tensor \"blocks.2.ffn.c.weight\": is missing, which --mlp \"blocks.{i}.ffn:a,c,b\" names"
+    ),
+    ("blocks.{i}.mlp:a,b", "has no tensors where --mlp \"blocks.{i}.mlp:a,b\" says"),
+  ])
+  func `what a pattern names must be there`(pattern: String, reason: String) throws {
+    let small = try SmallFamily([
+      ("blocks.2.ffn.a.weight", [6, 4]), ("blocks.2.ffn.b.weight", [4, 6]),
+    ])
+    var options = Upscaling.Options()
+    options.mlps = try ["blocks.{i}.ffn:a,b", pattern].map { try TransformerMLP(pattern: $0) }
+    if pattern.contains("ffn") { options.mlps.removeFirst() }
+    let family = try small.family()
+    let error = #expect(throws: (any Error).self) { try Upscaling(family, options) }
+    #expect("\(error!)".contains(reason), "\(error!)")
+  }
+
   @Test(arguments: ["", "blocks.ffn", "a.{i}.b.{i}", "blocks.{i}.ffn:", "blocks.{i}.ffn:a,,b"])
   func `a pattern that is none is refused`(pattern: String) {
     #expect(throws: MergeError.self) { try TransformerMLP(pattern: pattern) }

@@ -1,4 +1,5 @@
 import CKernels
+import Checkpoints
 import Merging
 import TestSupport
 import Testing
@@ -134,5 +135,53 @@ struct KernelTests {
     var equal = [0, 0]
     smelt_count_equal(values, count, magnitudes[0], 0, &equal)
     #expect(equal == [magnitudes.count { $0 == magnitudes[0] }, magnitudes.count { $0 == 0 }])
+  }
+
+  /// Weights of all magnitudes, with what is not finite and halves' subnormals among them.
+  private func weights(_ count: Int, seed: Int) -> [Float] {
+    var generator = SeededGenerator(seed: UInt64(seed))
+    return (0..<count).map { _ in
+      switch Int.random(in: 0..<16, using: &generator) {
+      case 0:
+        return [0, -0.0, .infinity, -.infinity, .nan, 65_519.99, 65_520].randomElement(
+          using: &generator)!
+      case 1: return Float(bitPattern: UInt32.random(in: 0...(.max), using: &generator))
+      default:
+        let exponent = Int.random(in: -28...2, using: &generator)
+        return Float(
+          sign: .plus, exponent: exponent, significand: .random(in: -2...2, using: &generator))
+      }
+    }
+  }
+
+  @Test(arguments: [(smelt_exact, DType.f32), (smelt_bfloat16, .bf16), (smelt_half, .f16)], counts)
+  func `what base and task vector miss is found`(
+    type: (rounding: smelt_rounding, dtype: DType), count: Int
+  ) {
+    func rounded(_ values: [Float]) -> [Float] {
+      var values = values
+      var span = values.mutableSpan
+      type.dtype.round(&span)
+      return values
+    }
+    let base = rounded(weights(count, seed: count))
+    let expert = zip(base, weights(count, seed: count + 1)).map { $0 + 0.01 * $1 }
+    let none: UInt32 = 0x7FA5_C3D1
+    let vector = rounded(zip(expert, base).map { $0 - $1 })
+    let sums = rounded(zip(base, vector).map { $0 + $1 })
+    let missed = zip(rounded(expert), sums).map { weight, sum in
+      weight.isNaN || weight.bitPattern != sum.bitPattern ? weight : Float(bitPattern: none)
+    }
+    let missedCount = missed.count { $0.bitPattern != none }
+
+    var (split, found) = (expert, [Float](repeating: 0, count: count))
+    #expect(smelt_count_missed(expert, base, count, type.rounding) == missedCount)
+    #expect(
+      smelt_split_weights(&split, base, count, type.rounding, none, &found) == missedCount)
+    #expect(bits(found) == bits(missed))
+    // Which NaN a difference is, the order of its terms decides.
+    #expect(
+      zip(split, vector).allSatisfy { $0.bitPattern == $1.bitPattern || $0.isNaN && $1.isNaN })
+    #expect(missedCount > 0 || count < 1000)
   }
 }

@@ -105,3 +105,16 @@ void smelt_split_steps(uint16_t *elements, const uint16_t *reference, size_t cou
 /// Adds such steps to the reference's elements in place. `places` is scratch memory for as many.
 void smelt_add_steps(const uint8_t *upper, const uint8_t *lower, size_t count, uint16_t *elements,
                      uint16_t *places, void *scratch);
+
+/// What a number has left of its digits in a file: all, eight or eleven.
+enum smelt_rounding { smelt_exact, smelt_bfloat16, smelt_half };
+
+/// Splits a model's weights into what is to be added to the base's, rounded, which takes their
+/// place, and what that misses: the weights, rounded, which rounded sums do not give back bit for
+/// bit, and NaN; elsewhere `missed` becomes the bits `none`. Returns how many those weights are.
+size_t smelt_split_weights(float *weights, const float *base, size_t count,
+                           enum smelt_rounding rounding, uint32_t none, float *missed);
+
+/// How many weights that misses; nothing is changed.
+size_t smelt_count_missed(const float *weights, const float *base, size_t count,
+                          enum smelt_rounding rounding);

@@ -79,13 +79,9 @@ final class HDF5Source: TensorSource {
 }
 
 extension [HDF5.Chunk] {
-  /// The chunk of this number, by bisection: they are in order.
+  /// The chunk of this number: they are in order.
   fileprivate func first(numbered number: Int) -> HDF5.Chunk? {
-    var (low, high) = (0, count)
-    while low < high {
-      let middle = (low + high) / 2
-      if self[middle].number < number { low = middle + 1 } else { high = middle }
-    }
-    return low < count && self[low].number == number ? self[low] : nil
+    let index = partitioningIndex { $0.number >= number }
+    return index < count && self[index].number == number ? self[index] : nil
   }
 }

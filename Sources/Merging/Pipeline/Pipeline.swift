@@ -21,36 +21,43 @@ public struct Step<Operation: TileOperation>: Sendable {
   public let operation: Operation
   public let inputs: [Place]
   public let outputs: [Place]
+  /// Rows of the output tile behind those that are written, to work in.
+  let scratchRows: Int
   public let elements: Range<Int>
 
   /// One step that covers whole tensors, for a worker that must see them in order.
-  init(whole inputs: [Place], outputs: [Place], with operation: Operation) {
-    self.operation = operation
-    self.inputs = inputs
-    self.outputs = outputs
-    elements = 0..<inputs[0].tensor.elementCount
+  init(
+    whole inputs: [Place], outputs: [Place], scratchRows: Int = 0, with operation: Operation
+  ) {
+    self.init(
+      operation: operation, inputs: inputs, outputs: outputs, scratchRows: scratchRows,
+      elements: 0..<inputs[0].tensor.elementCount)
   }
 
   /// Steps of about 4 Mi elements that together cover whole tensors.
   ///
   /// The cuts are fixed, so that neither workers nor budget show in a sum over a step.
-  static func covering(_ inputs: [Place], outputs: [Place], with operation: Operation) -> [Step] {
+  static func covering(
+    _ inputs: [Place], outputs: [Place], scratchRows: Int = 0, with operation: Operation
+  ) -> [Step] {
     let count = inputs[0].tensor.elementCount
     guard count > 0 else { return [] }
     let stride = max(1, (4 << 20) / operation.grain) * operation.grain
     return Swift.stride(from: 0, to: count, by: stride).map { begin in
       Step(
-        operation: operation, inputs: inputs, outputs: outputs,
+        operation: operation, inputs: inputs, outputs: outputs, scratchRows: scratchRows,
         elements: begin..<min(begin + stride, count))
     }
   }
 
   private init(
-    operation: Operation, inputs: [Place], outputs: [Place], elements: Range<Int>
+    operation: Operation, inputs: [Place], outputs: [Place], scratchRows: Int,
+    elements: Range<Int>
   ) {
     self.operation = operation
     self.inputs = inputs
     self.outputs = outputs
+    self.scratchRows = scratchRows
     self.elements = elements
   }
 }
@@ -58,7 +65,8 @@ public struct Step<Operation: TileOperation>: Sendable {
 /// Runs steps side by side: read, decode, compute, encode, write, tile by tile.
 ///
 /// A worker owns a step from its first tile to its last, so nothing is locked and every sum has
-/// one order. Each worker holds one set of tiles, sized so that all of them fit `memory` bytes.
+/// one order. Each worker holds one set of tiles, sized so that it fits the caches and all of them
+/// fit `memory` bytes.
 public struct Pipeline: Sendable {
   public let sources: [any TensorSource]
   public let sinks: [any TensorSink]
@@ -74,18 +82,24 @@ public struct Pipeline: Sendable {
     self.workers = workers
   }
 
+  /// Bytes of a worker's tiles: small enough for a cache of the second or third level, large enough
+  /// for a read.
+  private static let cachedBytes = 4 << 20
+
   /// - Returns: the summary of each step.
   /// - Throws: what a file refuses; `MergeError` if a grain does not fit the memory.
   @discardableResult
   public func run<Operation>(_ steps: [Step<Operation>]) throws -> [Operation.Summary] {
     guard !steps.isEmpty else { return [] }
     let inputRows = steps.map { $0.inputs.count }.max()!
-    let outputRows = steps.map { $0.outputs.count }.max()!
+    let outputRows = steps.map { $0.outputs.count + $0.scratchRows }.max()!
     let bytesPerColumn = 4 * (inputRows + outputRows) + 8
     let largestStep = steps.map { $0.elements.count }.max()!
     let largestGrain = steps.map { $0.operation.grain }.max()!
+    // More than the caches hold makes every pass over a tile wait for memory.
+    let useful = max(Self.cachedBytes / bytesPerColumn, 16 * largestGrain)
     let capacity = min(
-      memory / max(workers, 1) / bytesPerColumn, max(largestStep, largestGrain))
+      memory / max(workers, 1) / bytesPerColumn, max(largestStep, largestGrain), useful)
     for step in steps where step.operation.grain > max(capacity, 1) {
       throw MergeError(
         "tensor \(quoted((step.outputs.first ?? step.inputs[0]).tensor.name)) needs \(step.operation.grain * bytesPerColumn) bytes for a row of \(step.operation.grain) elements of every model; a worker's share of the budget is \(memory / workers)",

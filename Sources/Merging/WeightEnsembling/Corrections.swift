@@ -1,3 +1,4 @@
+import CKernels
 import Checkpoints
 import Synchronization
 
@@ -40,32 +41,33 @@ enum Corrections {
 }
 
 extension Tile {
-  /// Leaves of self[row], an expert's weights, those that self[base] + self[vector] misses, and
-  /// `Corrections.none` elsewhere. Weights and vector are rounded to the type they are stored in.
-  mutating func keepCorrections(_ row: Int, base: Int, vector: Int, _ dtype: DType) {
-    precondition(row != base && row != vector && base != vector)
-    let (weights, base, vector) = (buffer(row), buffer(base), buffer(vector))
-    // Sound: rows of memory that this tile owns and lends to nobody meanwhile.
-    var span = MutableSpan(_unsafeElements: weights)
-    dtype.round(&span)
-    span = MutableSpan(_unsafeElements: vector)
-    dtype.round(&span)
-    let none = Corrections.none.bitPattern
-    withUnsafeTemporaryAllocation(of: Float.self, capacity: 1024) { sums in
-      sums.initialize(repeating: 0)
-      for begin in stride(from: 0, to: columns, by: 1024) {
-        let count = min(1024, columns - begin)
-        for i in 0..<count { sums[i] = base[begin &+ i] + vector[begin &+ i] }
-        var span = MutableSpan(
-          _unsafeElements: UnsafeMutableBufferPointer(rebasing: sums[..<count]))
-        dtype.round(&span)
-        for i in 0..<count {
-          let (sum, weight) = (sums[i].bitPattern, weights[begin &+ i].bitPattern)
-          // Which NaN a sum becomes depends on the order of its terms: a NaN is always kept.
-          let isKept = sum != weight || weight & 0x7FFF_FFFF > 0x7F80_0000
-          weights[begin &+ i] = Float(bitPattern: isKept ? weight : none)
-        }
-      }
+  /// Makes of self[row], an expert's weights, the task vector that they are from self[base], and
+  /// of self[missed] the weights that base + task vector does not give back, `Corrections.none`
+  /// elsewhere. Weights and vector are rounded to the type they are stored in, as the base is.
+  mutating func split(_ row: Int, base: Int, missed: Int, _ dtype: DType) {
+    precondition(row != base && row != missed && base != missed)
+    let (weights, base, missed) = (buffer(row), buffer(base), buffer(missed))
+    guard columns > 0 else { return }
+    _ = smelt_split_weights(
+      weights.baseAddress!, base.baseAddress!, columns, dtype.rounding,
+      Corrections.none.bitPattern, missed.baseAddress!)
+  }
+
+  /// How many of self[row], an expert's weights, `split` would find missed.
+  func missedCount(_ row: Int, base: Int, _ dtype: DType) -> Int {
+    guard columns > 0 else { return 0 }
+    return smelt_count_missed(
+      buffer(row).baseAddress!, buffer(base).baseAddress!, columns, dtype.rounding)
+  }
+}
+
+extension DType {
+  /// What Float has to be rounded to.
+  fileprivate var rounding: smelt_rounding {
+    switch self {
+    case .bf16: smelt_bfloat16
+    case .f16: smelt_half
+    default: smelt_exact
     }
   }
 }
@@ -114,11 +116,15 @@ final class CorrectionSink: TensorSink {
     var places: [Int] = []
     var weights: [Float] = []
     let count = bytes.byteCount / 4
-    for i in 0..<count {
-      let bits = bytes.unsafeLoadUnaligned(fromByteOffset: 4 * i, as: UInt32.self)
-      guard bits != Corrections.none.bitPattern else { continue }
-      places.append(progress.elements + i)
-      weights.append(Float(bitPattern: bits))
+    for begin in stride(from: 0, to: count, by: Self.run) {
+      let run = begin..<min(begin + Self.run, count)
+      guard run.count < Self.run || !isEmpty(bytes, from: 4 * begin) else { continue }
+      for i in run {
+        let bits = bytes.unsafeLoadUnaligned(fromByteOffset: 4 * i, as: UInt32.self)
+        guard bits != Corrections.none.bitPattern else { continue }
+        places.append(progress.elements + i)
+        weights.append(Float(bitPattern: bits))
+      }
     }
     progress.elements += count
     let end = progress.kept + places.count
@@ -128,6 +134,21 @@ final class CorrectionSink: TensorSink {
     try sink.write(weights, of: parts[1], from: progress.kept)
     progress.kept = end
     vector.progress.withLock { $0 = progress }
+  }
+
+  /// Elements that are passed over together if there is no weight among them, as in most.
+  private static let run = 32
+
+  /// Whether a run is `Corrections.none` throughout.
+  private func isEmpty(_ bytes: RawSpan, from offset: Int) -> Bool {
+    let none = UInt64(Corrections.none.bitPattern)
+    var difference: UInt64 = 0
+    for pair in 0..<Self.run / 2 {
+      difference |=
+        (none << 32 | none)
+        ^ bytes.unsafeLoadUnaligned(fromByteOffset: offset &+ 8 &* pair, as: UInt64.self)
+    }
+    return difference == 0
   }
 
   func complete() throws(CheckpointError) { try sink.complete() }
@@ -206,10 +227,8 @@ final class CorrectionSource: TensorSource {
     let range = offset / 4..<(offset + buffer.byteCount) / 4
     var values = [Float](repeating: Corrections.none, count: range.count)
     let index = try index(of: vector)
-    let blocks =
-      max(
-        0, index.partitioningIndex { $0 > range.lowerBound } - 1)..<index
-      .partitioningIndex { $0 >= range.upperBound }
+    let first = max(0, index.partitioningIndex { $0 > range.lowerBound } - 1)
+    let blocks = first..<index.partitioningIndex { $0 >= range.upperBound }
     for block in blocks {
       let entries = entries(of: block, vector)
       let weights = try source.floats(of: vector.weights, entries)
@@ -257,17 +276,5 @@ final class CorrectionSource: TensorSource {
         ? Int(raw.unsafeLoadUnaligned(fromByteOffset: 4 * index, as: UInt32.self))
         : Int(clamping: raw.unsafeLoadUnaligned(fromByteOffset: 8 * index, as: UInt64.self))
     }
-  }
-}
-
-extension [Int] {
-  /// Where the elements of an ascending array begin to be such.
-  fileprivate func partitioningIndex(_ belongs: (Int) -> Bool) -> Int {
-    var (low, high) = (0, count)
-    while low < high {
-      let middle = (low + high) / 2
-      if belongs(self[middle]) { high = middle } else { low = middle + 1 }
-    }
-    return low
   }
 }

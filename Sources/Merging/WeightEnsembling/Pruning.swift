@@ -49,15 +49,12 @@ extension Upscaling {
     let steps = tensors.map { tensor in
       var operation = operation(for: tensor, cleanings[tensor.name] ?? .none)
       operation.corrected = Array(family.experts.indices)
-      // In Float, which nothing has to be converted to.
-      let discarded = Corrections.spread(over: tensor)
+      let survey = CorrectionSurvey(operation: operation)
       return Step.covering(
-        family.places(of: tensor),
-        outputs: Array(repeating: (0, discarded), count: 1 + 2 * family.experts.count),
-        with: CorrectionSurvey(operation: operation))
+        family.places(of: tensor), outputs: [], scratchRows: survey.scratchRows, with: survey)
     }
     let counts = try Pipeline(
-      from: family.sources, into: [DiscardingSink()], memory: memory, workers: workers
+      from: family.sources, into: [], memory: memory, workers: workers
     ).run(steps.flatMap { $0 })
     let sums = fold(counts, steps.map { $0.count }) { sum, counts in
       for expert in counts.indices { sum[expert] += counts[expert] }
@@ -77,11 +74,11 @@ extension Upscaling {
           operation: operation(for: tensor, cleanings[tensor.name] ?? .none),
           observation: observe(index))
         return Step(
-          whole: family.places(of: tensor),
-          outputs: Array(repeating: (0, tensor), count: 1 + family.experts.count), with: survey)
+          whole: family.places(of: tensor), outputs: [],
+          scratchRows: 1 + family.experts.count, with: survey)
       }
       return try Pipeline(
-        from: family.sources, into: [DiscardingSink()], memory: memory, workers: workers
+        from: family.sources, into: [], memory: memory, workers: workers
       ).run(steps)
     }
 
@@ -117,8 +114,16 @@ extension Upscaling {
           return expert
         })
     }
-    return weighed.map {
-      guard case .kept(let experts) = $0 else { preconditionFailure("the passes differ") }
+    return try zip(tensors, weighed).map { tensor, observation in
+      guard case .kept(let experts) = observation else {
+        preconditionFailure("the passes differ")
+      }
+      if options.pruning != nil, let stray = experts.firstIndex(where: { !$0.total.isFinite }) {
+        throw CheckpointError(
+          file: family.experts[stray].source.path, tensor: tensor.name,
+          "has differences to the base that are not finite, which have no magnitude to prune by",
+          remedy: "leave out --prune: such a vector can only be stored dense or sparse")
+      }
       return PrunedTensor(experts: experts)
     }
   }
@@ -161,7 +166,8 @@ extension PrunedTensor.Expert {
     for index in values.indices {
       let value = Double(values[index])
       total += value * value
-      if value.magnitude > threshold { kept += 1 } else { dropped += value * value }
+      // A NaN is not zero.
+      if value.magnitude <= threshold { dropped += value * value } else { kept += 1 }
     }
   }
 }
@@ -173,19 +179,20 @@ private struct CorrectionSurvey: TileOperation {
   var grain: Int { operation.grain }
   func makeSummary() -> [Int] { operation.corrected.map { _ in 0 } }
 
+  /// Only what is cleaned has to be worked out.
+  var scratchRows: Int { operation.cleaning.isNone ? 0 : 1 + 2 * operation.experts }
+
   func apply(_ input: inout Tile, into output: inout Tile, summary: inout [Int]) {
+    if operation.cleaning.isNone {
+      for index in summary.indices {
+        summary[index] += input.missedCount(index + 1, base: 0, operation.storedType)
+      }
+      return
+    }
     var ignored = operation.makeSummary()
     operation.apply(&input, into: &output, summary: &ignored)
     for index in summary.indices {
       summary[index] += Corrections.count(output[1 + operation.experts + index])
     }
   }
-}
-
-/// A sink for what nobody keeps.
-struct DiscardingSink: TensorSink {
-  var manifest: Manifest { Manifest([]) }
-  func write(_ bytes: RawSpan, of tensor: TensorInfo, at offset: Int) {}
-  func complete() {}
-  func finish() {}
 }

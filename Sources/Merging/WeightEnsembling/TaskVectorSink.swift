@@ -178,6 +178,6 @@ struct CodingDistance: Sendable {
     sum.squaredNorm += other.squaredNorm
   }
 
-  /// ‖stored − τ‖/‖τ‖.
-  var relative: Double { squaredNorm > 0 ? (squaredError / squaredNorm).squareRoot() : 0 }
+  /// ‖stored − τ‖/‖τ‖: NaN where τ is not finite.
+  var relative: Double { squaredNorm == 0 ? 0 : (squaredError / squaredNorm).squareRoot() }
 }

@@ -79,6 +79,19 @@ extension TaskVectorStorage.Coding {
     }
   }
 
+  /// How many numbers stand for a task vector, scales included.
+  func numberCount(of vector: TensorInfo, kept: Int) -> Int {
+    switch self {
+    case .dense: vector.elementCount
+    case .sparse: kept
+    case .quantized(let quantizer):
+      vector.elementCount
+        + vector.rowCount
+        * (quantizer.bits == 8 ? 1 : quantizer.scaleCount(rowLength: vector.rowLength))
+    case .lowRank(let rank): rank * (vector.rowCount + vector.rowLength)
+    }
+  }
+
   /// Elements of a task vector that are coded together.
   func grain(of tensor: TensorInfo) -> Int {
     switch self {

@@ -18,10 +18,13 @@ public struct TransformerMLP: Sendable, Hashable {
   let isTransposed: Bool
   /// Whether these are the projections of an attention and no MLP.
   public let isAttention: Bool
+  /// The pattern, if a user gave one: all that it names must be there.
+  let pattern: String?
 
   private init(
     _ family: String, _ path: String, module: String? = nil, _ parts: [String],
-    _ activation: Activation? = nil, isTransposed: Bool = false, isAttention: Bool = false
+    _ activation: Activation? = nil, isTransposed: Bool = false, isAttention: Bool = false,
+    pattern: String? = nil
   ) {
     self.family = family
     self.path = path.split(separator: ".").map(String.init)
@@ -30,6 +33,7 @@ public struct TransformerMLP: Sendable, Hashable {
     self.activation = activation
     self.isTransposed = isTransposed
     self.isAttention = isAttention
+    self.pattern = pattern
   }
 
   public static let families = [
@@ -104,7 +108,7 @@ public struct TransformerMLP: Sendable, Hashable {
         "\(quoted(pattern)) is not the path of an MLP",
         remedy: "write it like blocks.{i}.ffn or blocks.{i}.ffn:lin1,lin2")
     }
-    self.init(pattern, String(halves[0]), parts.map(String.init))
+    self.init(pattern, String(halves[0]), parts.map(String.init), pattern: pattern)
   }
 }
 

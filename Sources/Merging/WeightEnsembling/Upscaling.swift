@@ -147,6 +147,20 @@ public struct Upscaling: Sendable {
       throw MergeError(
         "\(family.base.path) has no Transformer MLP in layer \(missing), which --layers asks for")
     }
+    for mlp in options.mlps {
+      guard let pattern = mlp.pattern else { continue }
+      let own = modules.filter { $0.mlp == mlp }
+      guard !own.isEmpty else {
+        throw MergeError("\(family.base.path) has no tensors where --mlp \(quoted(pattern)) says")
+      }
+      for module in own {
+        if let map = mlp.parts.first(where: { !module.maps.contains($0) }) {
+          throw CheckpointError(
+            file: family.base.path, tensor: "\(module.prefix).\(map).weight",
+            "is missing, which --mlp \(quoted(pattern)) names")
+        }
+      }
+    }
     if options.gates != .own, let other = modules.first(where: { $0.width != first.width }) {
       throw MergeError(
         "modules \(first.prefix) and \(other.prefix) cannot share a gate: their inputs have \(first.width) and \(other.width) elements"
@@ -298,6 +312,13 @@ extension Upscaling {
     public var parameters: Int
     /// Those of them that pruning leaves other than zero.
     public var remaining: Int
+    /// Numbers as they are stored: a low-rank vector's factors, the scales of a quantised one,
+    /// what a sparse one keeps.
+    public var stored: Int
+    /// Bytes of the task vectors as they are stored.
+    public var taskVectorBytes: Int
+    /// The same if they were dense.
+    public var denseVectorBytes: Int
     public var bytesRead: Int
     public var bytesWritten: Int
     /// How often the MLPs' tensors are read.
@@ -314,19 +335,16 @@ extension Upscaling {
   public func cost(memory: Int, workers: Int, withTaskVectors: Bool) -> Cost {
     let gates = storedGates.flatMap { $0.tensors }.reduce(0) { $0 + $1.elementCount }
     var cost = Cost(
-      parameters: gates, remaining: gates, bytesRead: 0,
+      parameters: gates, remaining: gates, stored: gates, taskVectorBytes: 0, denseVectorBytes: 0,
+      bytesRead: 0,
       bytesWritten: manifest.byteCount + (withTaskVectors ? taskVectorManifest.byteCount : 0),
       passes: 1 + surveyPasses, peakMemory: memory + Upscaling.memoryBesideTiles)
     for tensor in family.base.manifest.tensors {
       let isModule = members[tensor.name] != nil
-      let copies = isModule ? 1 + family.experts.count : 1
-      let kept =
-        isModule && options.pruning != nil
-        ? family.experts.indices.reduce(0) { sum, expert in
-          sum + (pruned[tensor.name]?.experts[expert].kept ?? estimatedKept(tensor))
-        } : (copies - 1) * tensor.elementCount
-      cost.parameters += copies * tensor.elementCount
-      cost.remaining += tensor.elementCount + kept
+      cost.parameters += tensor.elementCount
+      cost.remaining += tensor.elementCount
+      cost.stored += tensor.elementCount
+      if isModule { for expert in family.experts.indices { add(tensor, expert, to: &cost) } }
       let bytes =
         tensor.dtype.isArithmetic
         ? family.places(of: tensor).reduce(0) { $0 + $1.tensor.byteCount } : tensor.byteCount
@@ -344,7 +362,19 @@ extension Upscaling {
     let heads = headTensors.reduce(0) { $0 + $1.own.elementCount }
     cost.parameters += heads
     cost.remaining += heads
+    cost.stored += heads
     cost.bytesRead += headTensors.reduce(0) { $0 + $1.own.byteCount }
     return cost
+  }
+  /// Adds an expert's task vector of a module's tensor.
+  private func add(_ tensor: TensorInfo, _ expert: Int, to cost: inout Cost) {
+    let coding = coding(of: tensor)
+    let kept = pruned[tensor.name]?.experts[expert].kept ?? estimatedKept(tensor)
+    cost.parameters += tensor.elementCount
+    cost.remaining += kept
+    cost.stored += coding.numberCount(of: tensor, kept: kept)
+    cost.denseVectorBytes += tensor.byteCount
+    cost.taskVectorBytes += coding.layout(of: tensor, kept: kept)
+      .reduce(0) { $0 + $1.byteCount }
   }
 }

@@ -230,15 +230,15 @@ struct UpscalingOperation: TileOperation {
   func apply(_ input: inout Tile, into output: inout Tile, summary: inout TensorFindings) {
     if isModule {
       for row in 1...experts { output.copyRow(row, from: input, row) }
-      for (index, expert) in corrected.enumerated() {
-        output.copyRow(firstCorrection + index, from: input, expert + 1)
-      }
     }
-    for row in 1...experts { input.subtract(row: 0, from: row) }
     // Row 0 of the output holds the redundant vector until the result takes its place.
-    let vectors = cleaning.redundantVectors(
-      in: input, from: 1, experts: experts, findings: &summary)
-    input.takeOut(vectors, from: 1, keeping: &output, row: 0)
+    output.clear(row: 0)
+    if !isModule || writesTaskVectors || !cleaning.isNone {
+      for row in 1...experts { input.subtract(row: 0, from: row) }
+      let vectors = cleaning.redundantVectors(
+        in: input, from: 1, experts: experts, findings: &summary)
+      input.takeOut(vectors, from: 1, keeping: &output, row: 0)
+    }
     if writesTaskVectors {
       let first = isModule ? experts + 1 : 1
       for expert in 0..<experts { output.copyRow(first + expert, from: input, expert + 1) }
@@ -247,22 +247,27 @@ struct UpscalingOperation: TileOperation {
     if isModule {
       add(input[0], times: 1, into: &result)
       storedType.round(&result)
-      // Differences to the base as it is stored: its rounding is theirs to make good.
-      for row in 1...experts { output.subtract(row: 0, from: row) }
-      if let thresholds {
-        for (expert, threshold) in thresholds.enumerated() {
-          var vector = output.mutableRow(expert + 1)
-          prune(&vector, above: threshold)
-        }
-      }
-      for (index, expert) in corrected.enumerated() {
-        output.keepCorrections(firstCorrection + index, base: 0, vector: expert + 1, storedType)
-      }
+      splitWeights(&output)
     } else {
       // The reference's order: the sum of the task vectors, times λ, plus the base.
       copy(input[1], into: &result)
       for row in 1..<experts { add(input[row + 1], times: 1, into: &result) }
       scale(&result, by: scaling, onto: input[0])
+    }
+  }
+
+  /// Turns the experts' weights into differences to the base as it is stored: its rounding is
+  /// theirs to make good.
+  private func splitWeights(_ output: inout Tile) {
+    for expert in 0..<experts {
+      if let index = corrected.firstIndex(of: expert) {
+        output.split(expert + 1, base: 0, missed: firstCorrection + index, storedType)
+      } else {
+        output.subtract(row: 0, from: expert + 1)
+      }
+      guard let threshold = thresholds?[expert] else { continue }
+      var vector = output.mutableRow(expert + 1)
+      prune(&vector, above: threshold)
     }
   }
 }
