@@ -212,18 +212,17 @@ public enum Checkpoint {
   ]
 
   /// Opens a checkpoint, which may be a model's folder or the index of one, `BUNDLE/NAME`, one
-  /// model of a bundle, or `BUNDLE@BASE`, a bundle of differences and what it was packed against,
-  /// itself any of these; the first bytes of any other file, not its name, say what it is.
+  /// model of a bundle, or `BUNDLE@BASE` (`BUNDLE/NAME@BASE`), a bundle of differences and what it
+  /// was packed against, itself any of these; the first bytes of any other file, not its name, say what it is.
   ///
   /// safetensors has no magic number, so whatever is nothing else is opened as safetensors,
   /// whose reader knows what the usual confusions look like and says so.
   public static func open(_ path: String) throws(CheckpointError) -> any TensorSource {
     if isFolder(path) { return try ModelFolder.open(path) }
     if path.hasSuffix(".index.json") { return try ModelFolder.openShards(path, as: path) }
-    if let (bundle, base) = Bundle.difference(path) {
-      return try BundleSource(bundle, base: open(base))
+    if Bundle.difference(path) != nil || Bundle.member(path) != nil {
+      return try Bundle.source(at: path)
     }
-    if let (bundle, model) = Bundle.member(path) { return try BundleSource(bundle).model(model) }
     return try openFile(path)
   }
 
@@ -241,7 +240,7 @@ public enum Checkpoint {
 
   /// The files that `open` reads: of a model's folder the weights, and all shards of an index.
   public static func files(of path: String) throws(CheckpointError) -> [String] {
-    if let (bundle, base) = Bundle.difference(path) { return [bundle] + (try files(of: base)) }
+    if let (bundle, _, base) = Bundle.difference(path) { return [bundle] + (try files(of: base)) }
     if let (bundle, _) = Bundle.member(path) { return [bundle] }
     let file = isFolder(path) ? try ModelFolder.weights(in: path) : path
     guard file.hasSuffix(".index.json") else { return [file] }

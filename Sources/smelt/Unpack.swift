@@ -6,8 +6,8 @@ struct Unpack: ParsableCommand {
     abstract: "Give back what a bundle holds, bit for bit.",
     discussion: """
       Every frame's and every tensor's checksum is compared on the way. Of a family, --model \
-      gives one model; without it all come, as NAME/tensor. A bundle of differences needs its base: \
-      --against, or BUNDLE@BASE as every other command takes it.
+      (or BUNDLE/NAME) gives one model; without it all come, as NAME/tensor. A bundle of differences \
+      needs its base: --against, or BUNDLE@BASE as every other command takes it.
       """)
 
   @Argument(help: "The bundle to unpack.", completion: .file())
@@ -57,7 +57,7 @@ struct Unpack: ParsableCommand {
   }
 
   private func source() throws -> BundleSource {
-    let bundle = try BundleSource(input, base: against.map { try Checkpoint.open($0) })
+    let bundle = try Bundle.source(at: input, against: against.map { try Checkpoint.open($0) })
     return try model.map { try bundle.model($0) } ?? bundle
   }
 }

@@ -186,6 +186,59 @@ import Testing
     try writeBundle(recipe: recipe(small.joined(separator: ",")), matrix, zeros)
     let slow = try #require(problem(in: path))
     #expect(slow.problem == "asks for more multiplications than so small a bundle may")
+
+    // So do the differences from one that by itself may be asked for.
+    let product =
+      #"{"name":"0","dtype":"F32","shape":[\#(rows),\#(rows)],"xxh3":"0000000000000000","codec":"lowrank","parts":["l","r"]}"#
+    let differences = (1..<8).map { i in
+      #"{"name":"\#(i)","dtype":"F32","shape":[\#(rows),\#(rows)],"xxh3":"0000000000000000","codec":"xor","parts":["z"],"reference":"0"}"#
+    }
+    let thinner = try [
+      TensorInfo(name: "l", dtype: .f32, shape: [rows, 8]),
+      TensorInfo(name: "r", dtype: .f32, shape: [8, rows]),
+      TensorInfo(name: "z", dtype: .u8, shape: [4, rows * rows]),
+    ]
+    let short = [UInt8](repeating: 0, count: 32 * rows)
+    try writeBundle(
+      recipe: recipe(([product] + differences).joined(separator: ",")), thinner,
+      [short, short] + zeros + zeros)
+    let many = try #require(problem(in: path))
+    #expect(many.tensor != "0")
+    #expect(many.problem == slow.problem)
+  }
+
+  @Test func `that is none and has no end is not read through`() throws {
+    let start: [UInt8] = [0x28, 0xB5, 0x2F, 0xFD, 0x64, 0, 0]
+    let path = folder("b.safetensors.zst")
+    try Data(start + [UInt8](repeating: 0, count: 1 << 20)).write(to: URL(filePath: path))
+    #expect(problem(in: path)?.problem == "has no seek table at its end")
+  }
+
+  @Test func `whose recipe says its version twice is refused`() throws {
+    try writeBundle(recipe: #"{"version":9,"version":1,"models":[]}"#, [], [])
+    #expect(
+      problem(in: folder("b.safetensors.zst"))?.problem
+        == #"has a recipe that is malformed: the field "version" is unknown or there twice"#)
+  }
+
+  @Test func `that takes a tensor of the base for two is refused`() throws {
+    try Checkpoint.write(
+      [SmallTensor("c", [2], dtype: .bf16, [1, 2])], to: folder("base.safetensors"))
+    let base = try Checkpoint.open(folder("base.safetensors"))
+    let right = try base.checksum(of: base.tensor("c"), through: PinnedBytes(count: 1 << 20))
+    func entry(_ name: String, _ checksum: UInt64) -> String {
+      #"{"name":"\#(name)","dtype":"BF16","shape":[2],"xxh3":"0000000000000000","codec":"xor","base":"c","base_xxh3":"\#(hexadecimal(checksum))"}"#
+    }
+    try writeBundle(
+      recipe: recipe(entry("a", right) + "," + entry("b", right ^ 1)),
+      try ["a", "b"].map { try TensorInfo(name: $0, dtype: .u8, shape: [2, 2]) },
+      Array(repeating: [0, 0], count: 4))
+    let bundle = try BundleSource(folder("b.safetensors.zst"), base: base)
+    #expect(try bundle.bytes(of: bundle.tensor("a")) == base.bytes(of: base.tensor("c")))
+    let error = #expect(throws: CheckpointError.self) {
+      try bundle.bytes(of: bundle.tensor("b"))
+    }
+    #expect(error?.problem.hasPrefix("is not what ") == true, "\(String(describing: error))")
   }
 
   @Test func `whose frames or seek table lie is refused`() throws {

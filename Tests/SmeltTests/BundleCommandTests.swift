@@ -55,6 +55,26 @@ struct BundleCommandTests {
     #expect(try run("inspect", folder("collapsed.safetensors")).contains("71 tensors"))
   }
 
+  @Test func `a path names a model of a family and the base outside`() throws {
+    let (family, outside) = (folder("family.safetensors.zst"), folder("outside.safetensors.zst"))
+    _ = try run("pack", "--base", digits("upright"), "two=\(digits("rotated"))", family)
+    _ = try run("pack", family, outside, "--against", digits("base"))
+    for path in [
+      "\(family)/two", "\(outside)/two@\(digits("base"))",
+      "\(outside)/two@\(folder("moved.safetensors.zst"))@\(digits("base"))",
+    ] {
+      if path.contains("moved") {
+        _ = try run(
+          "pack", digits("base"), folder("moved.safetensors.zst"), "--against", digits("base"))
+      }
+      _ = try run("unpack", path, "-o", folder("two.safetensors"))
+      _ = try run("diff", folder("two.safetensors"), digits("rotated"))
+      _ = try run("verify", "--data", path, "--against", digits("rotated"))
+    }
+    _ = try run("unpack", "\(outside)@\(digits("base"))", "-o", folder("all.safetensors"))
+    _ = try run("verify", "--data", folder("all.safetensors"), "--against", family)
+  }
+
   @Test func `an expert is kept as its difference from the nearest one before it`() throws {
     // Two kinds of models: each is near to the one before it, and the third not to the first.
     var generator = SeededGenerator(seed: 7)

@@ -24,17 +24,37 @@ public enum Bundle: CheckpointFormat {
     return (folder, name)
   }
 
-  /// The bundle and the base in `BUNDLE@BASE`; nil if the path is that of a file or folder.
-  static func difference(_ path: String) -> (bundle: String, base: String)? {
-    guard let sign = path.firstRange(of: ".safetensors.zst@") else { return nil }
-    let end = path.index(before: sign.upperBound)
-    let base = path[sign.upperBound...]
-    guard !base.isEmpty, !isFile(path), !isFolder(path) else { return nil }
-    return (String(path[..<end]), String(base))
+  /// The bundle and the base in `BUNDLE@BASE`, and the model's name too in `BUNDLE/NAME@BASE`; nil
+  /// if the path is that of a file or folder.
+  static func difference(_ path: String) -> (bundle: String, model: String?, base: String)? {
+    guard let ending = path.firstRange(of: ".safetensors.zst") else { return nil }
+    let bundle = String(path[..<ending.upperBound])
+    let rest = path[ending.upperBound...]
+    guard let sign = rest.firstIndex(of: "@"), !isFile(path), !isFolder(path), !isFolder(bundle)
+    else { return nil }
+    let (name, base) = (rest[..<sign], rest[rest.index(after: sign)...])
+    guard !base.isEmpty, name.isEmpty || name.first == "/" && !name.dropFirst().contains("/") else {
+      return nil
+    }
+    return (bundle, name.isEmpty ? nil : String(name.dropFirst()), String(base))
   }
 
   public static func open(_ path: String) throws(CheckpointError) -> any TensorSource {
     try BundleSource(path)
+  }
+
+  /// A bundle, or of one what `BUNDLE/NAME`, `BUNDLE@BASE` and `BUNDLE/NAME@BASE` name.
+  /// - Parameter base: what it was packed against, if the path does not say so.
+  public static func source(
+    at path: String, against base: (any TensorSource)? = nil
+  ) throws(CheckpointError) -> BundleSource {
+    if base == nil, let (bundle, model, base) = difference(path) {
+      let source = try BundleSource(bundle, base: Checkpoint.open(base))
+      guard let model else { return source }
+      return try source.model(model)
+    }
+    guard let (bundle, model) = member(path) else { return try BundleSource(path, base: base) }
+    return try BundleSource(bundle, base: base).model(model)
   }
 
   public static func create(_ path: String, _ manifest: Manifest, _ options: WritingOptions)

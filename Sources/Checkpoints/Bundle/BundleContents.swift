@@ -55,11 +55,9 @@ extension Bundle {
             throw malformed(name, "is too large for so small a bundle")
           }
           tensorSize = sum
-          if entry.codec == .lowrank {
-            multiplications += Double(tensors.last!.rank) * Double(entry.tensor.elementCount)
-            guard multiplications <= Self.mostMultiplications * Double(table.starts.last!) else {
-              throw malformed(name, "asks for more multiplications than so small a bundle may")
-            }
+          multiplications += tensors.last!.multiplications
+          guard multiplications <= Self.mostMultiplications * Double(table.starts.last!) else {
+            throw malformed(name, "asks for more multiplications than so small a bundle may")
           }
           positions[ExactName(name)] = tensors.count - 1
         }
@@ -89,6 +87,8 @@ extension Bundle {
     let group: Int
     /// For `lowrank`.
     let rank: Int
+    /// What decoding it takes in products of thin matrices, those of its references included.
+    let multiplications: Double
     /// For the lossy codecs, if the recipe has it.
     let error: Double?
 
@@ -176,7 +176,11 @@ extension Bundle.Contents {
         try claim(partName, as: shape, blocks: Codec.blocks(of: tensor), of: name))
     }
     let reference = try reference(of: entry, tensor)
-    let depth = if case .inside(let other) = reference { tensors[other].depth + 1 } else { 0 }
+    var (depth, multiplications) = (0, 0.0)
+    if case .inside(let other) = reference {
+      (depth, multiplications) = (tensors[other].depth + 1, tensors[other].multiplications)
+    }
+    if codec == .lowrank { multiplications = Double(rank) * Double(tensor.elementCount) }
     guard depth <= Bundle.largestDepth(inVersion: recipe.version) else {
       throw malformed(
         name, "refers to a tensor that is itself a difference from another, \(depth) in a row")
@@ -184,7 +188,8 @@ extension Bundle.Contents {
     return Bundle.Stored(
       tensor: tensor, codec: codec, checksum: entry.checksum, parts: parts,
       reference: reference, depth: depth, rotation: rotation,
-      group: group, rank: rank, error: entry.error.flatMap(Double.init))
+      group: group, rank: rank, multiplications: multiplications,
+      error: entry.error.flatMap(Double.init))
   }
 
   /// What the entry refers to: an earlier tensor like it, so that no circle can be.

@@ -111,7 +111,8 @@ extension Bundle.Recipe {
     var models: [Model]?
     try scanner.object("as the recipe") { (scanner, key) throws(CheckpointError) in
       switch key {
-      case "version": version = try scanner.natural("as its version")
+      case "version" where version == nil:
+        version = try scanner.natural("as its version")
       case "models" where models == nil:
         var list: [Model] = []
         try scanner.array("as its models") { (scanner) throws(CheckpointError) in

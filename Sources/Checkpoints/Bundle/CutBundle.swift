@@ -7,8 +7,12 @@ final class CutBundle {
   private let size: Int
   /// Where the next frame begins.
   private var place = 0
-  /// Empty ones, which a file may be made of, would take long.
-  private static let mostFrames = 1 << 22
+  /// Whether something was met that is no frame of a bundle: then it is not merely cut.
+  private var isForeign = false
+  /// Tiny ones, which a file may be made of, would take long.
+  private static let mostFrames = 1 << 20
+  /// Of a frame, which holds no more than 1 MiB.
+  private static let mostBlocks = 1 << 10
 
   init(_ path: String) throws(CheckpointError) {
     self.path = path
@@ -16,14 +20,16 @@ final class CutBundle {
     size = try file.size()
   }
 
-  /// What is missing first, or nil if every frame is there.
+  /// What is missing first, or nil if every frame is there or something else is wrong.
   func loss() throws(CheckpointError) -> CheckpointError? {
     func loss(of tensor: String?, _ what: String) -> CheckpointError {
       CheckpointError(
         file: path, tensor: tensor, "\(what) is cut off where the file ends, at byte \(size)",
         remedy: "copy or download it again")
     }
-    guard let header = try header() else { return loss(of: nil, "the header") }
+    guard let header = try header() else {
+      return isForeign ? nil : loss(of: nil, "the header")
+    }
     let inner = try Safetensors.Layout(parsing: header, fileSize: nil, path: path)
     let total = 8 + header.count + inner.manifest.byteCount
     var content = 8 + header.count
@@ -32,7 +38,7 @@ final class CutBundle {
       content += more
       count += 1
     }
-    guard content < total else { return nil }
+    guard content < total, !isForeign, count < Self.mostFrames else { return nil }
     // Frames are short of this byte of the inner file; it is one of a tensor's part.
     let part = inner.manifest.tensors[inner.offsets.lastIndex { $0 <= content }!]
     return loss(of: try owner(of: part, inner) ?? part.name, "it")
@@ -60,23 +66,27 @@ final class CutBundle {
     var count = 8
     while bytes.count < count {
       let begin = place
-      guard let size = try nextFrame(), place - begin <= ZstdFrame.largest,
-        (1...ZstdFrame.contentSize).contains(size)
-      else { return nil }
+      guard let size = try nextFrame() else { return nil }
+      guard place - begin <= ZstdFrame.largest else { return foreign() }
       let compressed = try file.bytes(at: begin, count: place - begin)
       var content = [UInt8](repeating: 0, count: size)
       let problem = compressed.withUnsafeBytes { compressed in
         content.withUnsafeMutableBytes { decoder.decode(compressed, into: $0) }
       }
-      guard problem == nil else { return nil }
+      guard problem == nil else { return foreign() }
       bytes += content
       if count == 8, bytes.count >= 8 {
         let length = bytes.prefix(8).reversed().reduce(UInt64(0)) { $0 << 8 | UInt64($1) }
-        guard length <= UInt64(Safetensors.largestHeader) else { return nil }
+        guard length <= UInt64(Safetensors.largestHeader) else { return foreign() }
         count = 8 + Int(length)
       }
     }
-    return bytes.count == count ? Array(bytes.dropFirst(8)) : nil
+    return bytes.count == count ? Array(bytes.dropFirst(8)) : foreign()
+  }
+
+  private func foreign<Found>() -> Found? {
+    isForeign = true
+    return nil
   }
 
   /// Passes over an ordinary frame, block by block (RFC 8878, 3.1.1).
@@ -84,18 +94,23 @@ final class CutBundle {
   private func nextFrame() throws(CheckpointError) -> Int? {
     // The longest header of a frame has 18 bytes.
     let beginning = try file.bytes(at: place, count: min(18, size - place))
-    guard beginning.count > 6, beginning.starts(with: [0x28, 0xB5, 0x2F, 0xFD]),
-      beginning[4] & 0b1_1111 == 0b100
-    else { return nil }
+    guard beginning.count > 6 else { return nil }
+    guard beginning.starts(with: [0x28, 0xB5, 0x2F, 0xFD]), beginning[4] & 0b1_1111 == 0b100
+    else { return foreign() }
     let isWhole = beginning[4] >> 5 & 1 == 1
     let width = [isWhole ? 1 : 0, 2, 4, 8][Int(beginning[4] >> 6)]
     let start = isWhole ? 5 : 6
-    guard beginning.count >= start + width, width < 8 else { return nil }
+    guard beginning.count >= start + width else { return nil }
+    guard (1..<8).contains(width) else { return foreign() }
     var content = beginning[start..<start + width].reversed().reduce(0) { $0 << 8 | Int($1) }
     if width == 2 { content += 256 }
+    guard (1...ZstdFrame.contentSize).contains(content) else { return foreign() }
     var end = place + start + width
     var isLast = false
+    var blocks = 0
     while !isLast {
+      blocks += 1
+      guard blocks <= Self.mostBlocks else { return foreign() }
       guard end + 3 <= size else { return nil }
       let header = try file.bytes(at: end, count: 3).reversed().reduce(0) { $0 << 8 | Int($1) }
       isLast = header & 1 == 1

@@ -6,8 +6,8 @@ final class ProvenBase: Sendable {
   /// The bundle.
   private let path: String
   private let source: (any TensorSource)?
-  /// The tensors whose checksums have been found right.
-  private let proven = Mutex<Set<ExactName>>([])
+  /// The checksums of the tensors that have been compared.
+  private let proven = Mutex<[ExactName: UInt64]>([:])
 
   /// - Throws: if this is plainly another model: a tensor is missing or of another size, or the
   ///   smallest one differs. The others are compared before they are used.
@@ -47,11 +47,14 @@ final class ProvenBase: Sendable {
   ) {
     guard case .base(let name, let checksum) = stored.reference else { preconditionFailure() }
     let (source, tensor) = try like(stored, name)
-    if proven.withLock({ $0.contains(ExactName(name)) }) { return (source, tensor) }
-    guard try source.checksum(of: tensor, through: piece()) == checksum else {
-      throw isAnother(source, name)
+    let found: UInt64
+    if let known = proven.withLock({ $0[ExactName(name)] }) {
+      found = known
+    } else {
+      found = try source.checksum(of: tensor, through: piece())
+      proven.withLock { $0[ExactName(name)] = found }
     }
-    proven.withLock { _ = $0.insert(ExactName(name)) }
+    guard found == checksum else { throw isAnother(source, name) }
     return (source, tensor)
   }
 
