@@ -246,6 +246,23 @@ import Testing
     #expect(error.problem == "has two zip entries \"a.npy\"")
   }
 
+  @Test(arguments: ["a.npy", "a.nry"])
+  func `a name that differs from the one at the data is refused`(_ name: String) throws {
+    let folder = try TemporaryFolder()
+    let tensors = try ["b", "c"].map { try TensorInfo(name: $0, dtype: .u8, shape: [1]) }
+    try write([tensors[0]: [1], tensors[1]: [2]], to: folder("x.npz"))
+    var file = try Data(contentsOf: URL(filePath: folder("x.npz")))
+    let place = try #require(file.range(of: Data("b.npy".utf8), options: .backwards))
+    file.replaceSubrange(place, with: Data(name.utf8))
+    try file.write(to: URL(filePath: folder("x.npz")))
+    let error = try #require(throws: CheckpointError.self) {
+      let source = try Checkpoint.open(folder("x.npz"))
+      _ = try source.verifyData(workers: 1)
+    }
+    #expect(
+      error.problem == "its zip entry \"\(name)\" has another name where its data begins")
+  }
+
   @Test(arguments: files)
   func `every truncation is refused`(file: String) throws {
     let folder = try TemporaryFolder()

@@ -9,9 +9,13 @@ public struct File: ~Copyable, Sendable {
   public let path: String
   let descriptor: Int32
 
-  private init(path: String, descriptor: Int32) {
+  /// At most so many bytes are written at once.
+  private let largestWrite: Int
+
+  private init(path: String, descriptor: Int32, largestWrite: Int = .max) {
     self.path = path
     self.descriptor = descriptor
+    self.largestWrite = largestWrite
   }
 
   deinit { close(descriptor) }
@@ -49,10 +53,10 @@ public struct File: ~Copyable, Sendable {
   }
 
   /// Opens for reading and writing a file that exists.
-  init(updating path: String) throws(CheckpointError) {
+  init(updating path: String, largestWrite: Int = .max) throws(CheckpointError) {
     let descriptor = retrying { Glibc.open(path, O_RDWR | O_CLOEXEC) }
     guard descriptor >= 0 else { throw .system(path, "cannot be opened for writing") }
-    self.init(path: path, descriptor: descriptor)
+    self.init(path: path, descriptor: descriptor, largestWrite: largestWrite)
   }
 
   func status() throws(CheckpointError) -> stat {
@@ -107,7 +111,8 @@ public struct File: ~Copyable, Sendable {
     var failure: Int32 = 0
     bytes.withUnsafeBytes { bytes in
       while done < count && failure == 0 {
-        let put = pwrite(descriptor, bytes.baseAddress! + done, count - done, off_t(offset + done))
+        let size = min(count - done, largestWrite)
+        let put = pwrite(descriptor, bytes.baseAddress! + done, size, off_t(offset + done))
         if put < 0 { failure = errno == EINTR ? 0 : errno } else { done += put }
       }
     }

@@ -33,7 +33,11 @@ final class PendingFile: Sendable {
   }
 
   /// Opens the file for writing, under its temporary name.
-  func open() throws(CheckpointError) -> File { try File(updating: temporaryPath) }
+  func open() throws(CheckpointError) -> File {
+    // What stays in the page cache gets pages as large as the writes, and large ones are hard to
+    // find. Where they are used again and again, they are the faster ones.
+    try File(updating: temporaryPath, largestWrite: isSynced ? .max : 256 << 10)
+  }
 
   /// Flushes the file to the disk, if that is wanted, where it stays without its name. Nothing is
   /// written after that.

@@ -54,13 +54,23 @@ final class ZipArchive: Sendable {
   subscript(name: String) -> Entry? { positions[ExactName(name)].map { entries[$0] } }
 
   /// Where an entry's bytes begin in the file.
+  /// - Throws: if what is there is no entry of this name.
   func offset(of entry: Entry) throws(CheckpointError) -> Int {
     guard file.size - entry.headerOffset >= 30 else { throw damaged(entry) }
     var header = LittleEndianReader(
       try file.bytes(at: entry.headerOffset, count: 30), file: path, subject: "a zip header")
     guard try header.unsigned(4) == 0x0403_4B50 else { throw damaged(entry) }
     try header.skip(22)
-    let offset = try entry.headerOffset + 30 + Int(header.unsigned(2)) + Int(header.unsigned(2))
+    let (nameLength, extraLength) = (Int(try header.unsigned(2)), Int(try header.unsigned(2)))
+    let offset = entry.headerOffset + 30 + nameLength + extraLength
+    let name = Array(entry.name.utf8)
+    guard nameLength == name.count, file.size - entry.headerOffset - 30 >= nameLength,
+      try file.bytes(at: entry.headerOffset + 30, count: nameLength) == name
+    else {
+      throw CheckpointError(
+        file: path, "its zip entry \(quoted(entry.name)) has another name where its data begins",
+        remedy: "the file is damaged: download it again")
+    }
     guard offset <= file.size, entry.storedSize <= file.size - offset else { throw damaged(entry) }
     return offset
   }

@@ -111,6 +111,8 @@ private final class NumPySource: TensorSource {
     var others: [String] = []
     for entry in archive.entries {
       guard entry.name.hasSuffix(".npy") else {
+        // An array, if it is its ending that is damaged.
+        _ = try archive.offset(of: entry)
         others.append(entry.name)
         continue
       }
