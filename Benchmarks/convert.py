@@ -107,7 +107,8 @@ def main(folder):
     alone = Side("cp", ["cp", model, copy], [out, copy])
     print(compare(ours, alone, runs=9))
     print("\nleaving the data in memory | cp alone")
-    print(compare(Side("smelt convert --no-sync", [SMELT, "convert", "--no-sync", model, out], [out, copy]), alone, runs=9))
+    unsynced = Side("smelt convert --no-sync", [SMELT, "convert", "--no-sync", model, out], [out, copy])
+    print(compare(unsynced, alone, runs=9))
     print("\nthe same | as many bytes to the disk, past the memory, from 4 MiB of zeros")
     direct = f"if=/dev/zero of={copy} bs=4M count={os.path.getsize(model) >> 22} oflag=direct"
     print(compare(ours, Side("dd oflag=direct", ["dd", *direct.split()], [out, copy])))

@@ -1,11 +1,11 @@
-#include "kernels.h"
+#include "include/kernels.h"
+#include "lanes.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
 #include <string.h>
 
 #define AVX2 __attribute__((target("avx2,popcnt")))
-#define INLINE static inline __attribute__((always_inline))
 
 // A stable sort by comparison with pivots: eight elements at a time are parted into those below
 // and those above, each side closed up by a shuffle. The pivots form a tree in which common keys
@@ -122,6 +122,15 @@ AVX2 static void sort(struct output *output, int branch, uint32_t *elements, siz
   output->next += count;
 }
 
+// Sorts the elements that are in the scratch memory, those of one more piece.
+AVX2 static void sort_piece(struct scratch *scratch, size_t number, const struct tree *tree, int root,
+                            size_t count, uint16_t *sorted) {
+  uint32_t *runs = scratch->runs[number];
+  memset(runs, 0, sizeof scratch->runs[number]);
+  struct output output = {tree, sorted, runs};
+  sort(&output, root, scratch->elements, count, scratch->others);
+}
+
 // A float's bits as a number that grows with it, and back.
 INLINE uint16_t ordered(uint16_t bits) { return bits ^ (uint16_t)((int16_t)bits >> 15 | 0x8000); }
 INLINE uint16_t unordered(uint16_t value) { return value ^ (uint16_t)(~((int16_t)value >> 15) | 0x8000); }
@@ -145,9 +154,7 @@ AVX2 void smelt_split_steps(uint16_t *elements, const uint16_t *reference, size_
     const uint16_t *mine = elements + begin, *other = reference + begin;
     for (size_t i = 0; i < length; i++)
       scratch->elements[i] = (uint32_t)key(other[i]) << 16 | folded(ordered(mine[i]) - ordered(other[i]));
-    memset(scratch->runs[pieces], 0, sizeof scratch->runs[pieces]);
-    struct output output = {&tree, elements + begin, scratch->runs[pieces]};
-    sort(&output, root, scratch->elements, length, scratch->others);
+    sort_piece(scratch, pieces, &tree, root, length, elements + begin);
   }
   size_t taken[largest_piece_count] = {0};
   for (int k = 0; k < key_count; k++) {
@@ -175,9 +182,7 @@ AVX2 void smelt_add_steps(const uint8_t *upper, const uint8_t *lower, size_t cou
     size_t length = count - begin < piece ? count - begin : piece;
     for (size_t i = 0; i < length; i++)
       scratch->elements[i] = (uint32_t)key(elements[begin + i]) << 16 | (uint32_t)i;
-    memset(scratch->runs[pieces], 0, sizeof scratch->runs[pieces]);
-    struct output output = {&tree, places + begin, scratch->runs[pieces]};
-    sort(&output, root, scratch->elements, length, scratch->others);
+    sort_piece(scratch, pieces, &tree, root, length, places + begin);
   }
   // Where the next run of each key is among all.
   size_t next[key_count], sum = 0;

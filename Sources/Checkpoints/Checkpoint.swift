@@ -220,9 +220,7 @@ public enum Checkpoint {
   public static func open(_ path: String) throws(CheckpointError) -> any TensorSource {
     if isFolder(path) { return try ModelFolder.open(path) }
     if path.hasSuffix(".index.json") { return try ModelFolder.openShards(path, as: path) }
-    if Bundle.difference(path) != nil || Bundle.member(path) != nil {
-      return try Bundle.source(at: path)
-    }
+    if let part = try Bundle.part(path) { return part }
     return try openFile(path)
   }
 

@@ -36,15 +36,20 @@ struct ActivationsTests {
     #expect(result.code == 0, "\(arguments.joined(separator: " ")): \(result.errors)")
   }
 
+  /// Calibrates a mixture on what it makes of the inputs itself; writes `fitted.safetensors`.
+  private func fit(_ mixture: String, to inputs: String) throws {
+    try succeed(
+      "calibrate", folder(mixture), "--progressive", inputs, "--heads", "4", "-o",
+      folder("fitted.safetensors"))
+  }
+
   @Test(arguments: [[], ["--attention"]])
   func `what routers were fitted to is what their mixture sees`(attention: [String]) throws {
     let inputs = try writeInputs()
     let upscaled = try smelt(
       ["upscale", "--base", base] + models + attention + ["-o", folder("moe.h5")])
     #expect(upscaled.code == 0)
-    try succeed(
-      "calibrate", folder("moe.h5"), "--progressive", inputs, "--heads", "4", "-o",
-      folder("fitted.safetensors"))
+    try fit("moe.h5", to: inputs)
     // Recorded from the result, the activations must lead to the same routers again.
     let recorded = try smelt(
       ["activations", folder("fitted.safetensors"), inputs, "--heads", "4", "--tokens", "-o"]
@@ -69,9 +74,7 @@ struct ActivationsTests {
       let made = try smelt(
         ["upscale", "--base", base] + models + options + ["-o", folder("moe.safetensors")])
       #expect(made.code == 0)
-      try succeed(
-        "calibrate", folder("moe.safetensors"), "--progressive", inputs, "--heads", "4", "-o",
-        folder("fitted.safetensors"))
+      try fit("moe.safetensors", to: inputs)
       let fitted = try Checkpoint.open(folder("fitted.safetensors"))
       let names = fitted.manifest.tensors.map { $0.name }.filter { $0.hasSuffix("gate.fc2.weight") }
       gates.append(try names.map { try fitted.floats(of: $0) })
@@ -86,9 +89,7 @@ struct ActivationsTests {
     let made = try smelt(
       ["upscale", "--base", base] + models + ["--shared-gate", "-o", folder("moe.safetensors")])
     #expect(made.code == 0)
-    try succeed(
-      "calibrate", folder("moe.safetensors"), "--progressive", inputs, "--heads", "4", "-o",
-      folder("fitted.safetensors"))
+    try fit("moe.safetensors", to: inputs)
     // The same by hand: a fit to what is recorded from the mixture, and one to what it makes.
     for (mixture, result) in [("moe", "first"), ("first", "second")] {
       try succeed(

@@ -73,11 +73,8 @@ final class BlockCoder {
         width: width, count: lengths.values, rotation: planned.choice.rotation, isCoded: true,
         gaps: lengths.gaps)
     case .sparseULP:
-      Steps.difference(
-        of: count, width: width, UnsafeRawPointer(elements.start),
-        from: UnsafeRawPointer(other.start), into: codes.start)
-      let lengths = Gaps.write(
-        UnsafeRawPointer(codes.start), count: count, width: width, gaps: gaps.octets,
+      let lengths = Gaps.writeSteps(
+        of: elements, from: other, through: codes, count: count, width: width, gaps: gaps.octets,
         values: elements.start)
       split = Split(
         width: width, count: lengths.values, rotation: planned.choice.rotation,

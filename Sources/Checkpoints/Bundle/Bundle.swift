@@ -48,12 +48,20 @@ public enum Bundle: CheckpointFormat {
   public static func source(
     at path: String, against base: (any TensorSource)? = nil
   ) throws(CheckpointError) -> BundleSource {
+    if let part = try part(path, against: base) { return part }
+    return try BundleSource(path, base: base)
+  }
+
+  /// The same; nil if the path is that of a file or folder.
+  static func part(
+    _ path: String, against base: (any TensorSource)? = nil
+  ) throws(CheckpointError) -> BundleSource? {
     if base == nil, let (bundle, model, base) = difference(path) {
       let source = try BundleSource(bundle, base: Checkpoint.open(base))
       guard let model else { return source }
       return try source.model(model)
     }
-    guard let (bundle, model) = member(path) else { return try BundleSource(path, base: base) }
+    guard let (bundle, model) = member(path) else { return nil }
     return try BundleSource(bundle, base: base).model(model)
   }
 

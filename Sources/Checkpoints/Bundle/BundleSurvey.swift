@@ -245,11 +245,8 @@ extension Bundle.Survey {
       exclusiveOr(values.start, with: UnsafeRawPointer(other.start), count: size)
       addPlanes(of: values, count, rotation: 0)
     case .sparseULP:
-      Steps.difference(
-        of: count, width: width, UnsafeRawPointer(sample.start),
-        from: UnsafeRawPointer(other.start), into: codes.start)
-      let lengths = Gaps.write(
-        UnsafeRawPointer(codes.start), count: count, width: width, gaps: octets.octets,
+      let lengths = Gaps.writeSteps(
+        of: sample, from: other, through: codes, count: count, width: width, gaps: octets.octets,
         values: values.start)
       guard lengths.values < count / 4 else { return nil }
       // Both are sorted as the codes are.
@@ -298,18 +295,18 @@ extension Bundle.Survey {
       let begin = index * Codec.blockCount
       let count = min(Codec.blockCount, tensor.elementCount - begin)
       try source.read(tensor, at: begin * width, into: block.part(0..<count * width))
-      var elements = block
+      let lengths: (gaps: Int, values: Int)
       if let candidate {
         try candidate.source.read(
           candidate.tensor, at: begin * width, into: blockOther.part(0..<count * width))
-        Steps.difference(
-          of: count, width: width, UnsafeRawPointer(block.start),
-          from: UnsafeRawPointer(blockOther.start), into: blockCodes.start)
-        elements = blockCodes
+        lengths = Gaps.writeSteps(
+          of: block, from: blockOther, through: blockCodes, count: count, width: width,
+          gaps: blockGaps.octets, values: blockValues.start)
+      } else {
+        lengths = Gaps.write(
+          UnsafeRawPointer(block.start), count: count, width: width, gaps: blockGaps.octets,
+          values: blockValues.start)
       }
-      let lengths = Gaps.write(
-        UnsafeRawPointer(elements.start), count: count, width: width, gaps: blockGaps.octets,
-        values: blockValues.start)
       guard lengths.gaps <= ZstdFrame.contentSize else { return nil }
       counts.append(lengths)
     }

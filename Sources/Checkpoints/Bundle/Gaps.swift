@@ -23,6 +23,19 @@ enum Gaps {
     }
   }
 
+  /// The same of the codes of the steps from another block's elements: see `Steps`.
+  /// - Parameter codes: scratch memory for as many elements; `values` may be the elements' own.
+  static func writeSteps(
+    of elements: PinnedBytes, from reference: PinnedBytes, through codes: PinnedBytes, count: Int,
+    width: Int, gaps: UnsafeMutablePointer<UInt8>, values: UnsafeMutableRawPointer
+  ) -> (gaps: Int, values: Int) {
+    Steps.difference(
+      of: count, width: width, UnsafeRawPointer(elements.start),
+      from: UnsafeRawPointer(reference.start), into: codes.start)
+    return write(
+      UnsafeRawPointer(codes.start), count: count, width: width, gaps: gaps, values: values)
+  }
+
   /// Puts the values of a block between its zeros.
   /// - Returns: false if the gaps and the values do not make a block of so many elements.
   static func read(

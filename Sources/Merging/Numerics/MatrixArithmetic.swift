@@ -53,7 +53,6 @@ extension Matrix where Scalar == Float {
     precondition(rowCount == other.rowCount && columnCount == other.columnCount)
     combine(with: other) { $0 *= $1 }
   }
-
 }
 
 extension Matrix where Scalar: AdditiveArithmetic {

@@ -32,9 +32,13 @@ struct FirstSums: Sendable {
 
   /// What it gets if runs of rows have the one-hot mixture of their task.
   func hidden(at runs: [Run], _ activation: Activation) -> Matrix<Float> {
-    hidden(activation) { sum, parts in
-      for run in runs { sum.add(parts[run.task + 1], rows: run.rows) }
-    }
+    hidden(activation) { Self.mix(&$0, $1, at: runs) }
+  }
+
+  private static func mix(
+    _ sum: inout Matrix<Float>, _ parts: [Matrix<Float>], at runs: [Run]
+  ) {
+    for run in runs { sum.add(parts[run.task + 1], rows: run.rows) }
   }
 
   private func hidden(
@@ -54,7 +58,7 @@ struct FirstSums: Sendable {
   func tangent(at runs: [Run], _ activation: Activation) -> MLPTangent {
     func mixed(_ parts: [Matrix<Float>]) -> Matrix<Float> {
       var sum = parts[0]
-      for run in runs { sum.add(parts[run.task + 1], rows: run.rows) }
+      Self.mix(&sum, parts, at: runs)
       return sum
     }
     return MLPTangent(sums: mixed(fc1), gate: gate.map(mixed), activation)

@@ -366,6 +366,7 @@ extension Upscaling {
     cost.bytesRead += headTensors.reduce(0) { $0 + $1.own.byteCount }
     return cost
   }
+
   /// Adds an expert's task vector of a module's tensor.
   private func add(_ tensor: TensorInfo, _ expert: Int, to cost: inout Cost) {
     let coding = coding(of: tensor)
