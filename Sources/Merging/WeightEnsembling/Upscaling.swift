@@ -133,7 +133,13 @@ public struct Upscaling: Sendable {
   private static func check(
     _ modules: [UpscaledModule], of family: ModelFamily, _ options: Options
   ) throws {
+    func isNowhere(_ pattern: String) -> MergeError {
+      MergeError("\(family.base.path) has no tensors where --mlp \(quoted(pattern)) says")
+    }
     guard let first = modules.first else {
+      if options.layers == nil, let pattern = options.mlps.lazy.compactMap({ $0.pattern }).first {
+        throw isNowhere(pattern)
+      }
       let what = options.layers == nil ? "" : " in the layers asked for"
       throw MergeError(
         "\(family.base.path) has no Transformer MLP\(what) that is known by its tensors' names",
@@ -150,9 +156,7 @@ public struct Upscaling: Sendable {
     for mlp in options.mlps {
       guard let pattern = mlp.pattern else { continue }
       let own = modules.filter { $0.mlp == mlp }
-      guard !own.isEmpty else {
-        throw MergeError("\(family.base.path) has no tensors where --mlp \(quoted(pattern)) says")
-      }
+      guard !own.isEmpty else { throw isNowhere(pattern) }
       for module in own {
         if let map = mlp.parts.first(where: { !module.maps.contains($0) }) {
           throw CheckpointError(
