@@ -27,13 +27,17 @@ public protocol TensorSource: Sendable {
   /// The checksum that was recorded when the tensor was written, if one was.
   func recordedChecksum(of tensor: TensorInfo) -> TensorChecksum?
 
+  /// The files whose recorded checksums are of tensors of other names, types or shapes than theirs,
+  /// and so are compared with nothing.
+  var foreignChecksums: [String] { get }
+
   /// Compares what was recorded otherwise, such as the checksums of a zip file's entries, of
   /// tensors that have just been read.
   /// - Throws: which tensor is damaged.
   func refuseDamage(of tensors: [TensorInfo], workers: Int) throws
 
   /// Reads every tensor and compares it with what was recorded of it on writing.
-  /// - Throws: what cannot be read.
+  /// - Throws: what keeps from reading on; a tensor that cannot be read is part of the result.
   func verifyData(workers: Int) throws -> Verification
 }
 
@@ -45,6 +49,8 @@ extension TensorSource {
   public func checkUnchanged() throws(CheckpointError) {}
 
   public func recordedChecksum(of tensor: TensorInfo) -> TensorChecksum? { nil }
+
+  public var foreignChecksums: [String] { [] }
 
   public func refuseDamage(of tensors: [TensorInfo], workers: Int) throws {}
 

@@ -13,6 +13,11 @@ public struct CheckpointError: Error, Equatable, CustomStringConvertible {
     self.remedy = remedy
   }
 
+  /// The same failure, met while this tensor was read.
+  func of(_ tensor: String) -> CheckpointError {
+    CheckpointError(file: file, tensor: tensor, problem, remedy: remedy)
+  }
+
   public var description: String {
     let place = tensor.map { ": tensor \(quoted($0))" } ?? ""
     let advice = remedy.map { "; \($0)" } ?? ""

@@ -27,29 +27,22 @@ extension TensorSource {
       forget(range, of: originals[position])
     }
     try comparison.refuseDamage(in: path)
-    try refuseDamage(of: comparison.unrecorded, workers: workers)
+    try refuseDamage(of: comparison.unrecorded.map { originals[$0] }, workers: workers)
     try checkUnchanged()
-  }
-}
-
-extension ChecksumComparison {
-  /// - Throws: if a tensor does not have its checksum.
-  func refuseDamage(in path: String) throws(CheckpointError) {
-    try damaged.first?.refuse(
-      in: path,
-      ", or if it was changed on purpose, save it without \"checksums\" in its metadata")
   }
 }
 
 extension Verification {
   /// - Throws: if a tensor is not what was written.
   func refuseDamage(in path: String) throws(CheckpointError) {
+    if let first = unreadable.first { throw first.cause }
     try damaged.first?.refuse(in: path)
   }
 }
 
 extension TensorInfo {
-  fileprivate func refuse(in path: String, _ otherRemedy: String = "") throws(CheckpointError) {
+  /// - Throws: that it is damaged.
+  func refuse(in path: String, _ otherRemedy: String = "") throws(CheckpointError) {
     throw CheckpointError(
       file: path, tensor: name, "is not what was written: its checksum differs",
       remedy: "get it again ('smelt verify --data' lists what is damaged)" + otherRemedy)

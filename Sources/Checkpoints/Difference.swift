@@ -21,7 +21,9 @@ public struct TensorDifference: Sendable {
   public let second: TensorInfo
   /// Whether type, shape and every bit are the same.
   public let isIdentical: Bool
-  /// Nil unless both have the same shape and are numbers: neither of 4 or 6 bits, which share
+  /// Why the two could not be compared: one of them cannot be read.
+  public let failure: CheckpointError?
+  /// Nil unless both can be read, have the same shape and are numbers: neither of 4 or 6 bits, which share
   /// bytes in an order that the format does not say, and complex both or neither.
   public let numbers: Numbers?
 
@@ -42,7 +44,7 @@ extension Checkpoint {
   ///
   /// Memory is two pieces of a million elements a worker; the numbers are the same for every
   /// number of workers, because sums are taken a piece at a time in order.
-  /// - Throws: what cannot be read, or if one of the two was changed meanwhile.
+  /// - Throws: a failure that is not of one tensor, or if one of the two was changed meanwhile.
   public static func difference(
     _ first: any TensorSource, _ second: any TensorSource, workers: Int = 2
   ) throws -> CheckpointDifference {
@@ -61,26 +63,36 @@ extension Checkpoint {
       }
     }
     let pieces = Mutex([PieceDifference](repeating: .init(), count: steps.count))
+    let failures = ReadingFailures()
     try forEachStep(count: steps.count, workers: workers) {
       PairOfBuffers()
     } body: { step, buffers in
       let (a, b) = pairs[steps[step].pair]
-      let piece = try PieceDifference(
-        first, a, second, b, steps[step].elements, through: &buffers.left, &buffers.right)
-      pieces.withLock { $0[step] = piece }
+      do throws(CheckpointError) {
+        let piece = try PieceDifference(
+          first, a, second, b, steps[step].elements, through: &buffers.left, &buffers.right)
+        pieces.withLock { $0[step] = piece }
+      } catch {
+        guard error.tensor != nil else { throw error }
+        failures.add(error, ofTensorAt: steps[step].pair, step: step)
+      }
     }
     try first.checkUnchanged()
     try second.checkUnchanged()
     var sums = [PieceDifference?](repeating: nil, count: pairs.count)
     for pair in compared { sums[pair] = PieceDifference() }
     for (step, piece) in zip(steps, pieces.withLock { $0 }) { sums[step.pair]!.add(piece) }
+    let causes = failures.causes
+    for pair in causes.keys { sums[pair] = nil }
     return CheckpointDifference(
       onlyInFirst: first.manifest.tensors.filter { second.manifest[$0.name] == nil },
       onlyInSecond: second.manifest.tensors.filter { first.manifest[$0.name] == nil },
-      common: zip(pairs, sums).map { pair, sum in
-        TensorDifference(
+      common: zip(pairs, sums).enumerated().map { position, found in
+        let (pair, sum) = found
+        return TensorDifference(
           first: pair.0, second: pair.1,
           isIdentical: pair.0.dtype == pair.1.dtype && sum?.isIdentical ?? false,
+          failure: causes[position],
           numbers: pair.0.dtype.isComparable(with: pair.1.dtype) ? sum?.numbers : nil)
       })
   }

@@ -37,6 +37,16 @@ public struct Manifest: Sendable {
     self.positions = positions
   }
 
+  private init(_ other: Manifest, safetensorsHeader: [UInt8]) {
+    tensors = other.tensors
+    metadata = other.metadata
+    positions = other.positions
+    self.safetensorsHeader = safetensorsHeader
+  }
+
+  /// The same with the header that it was read from.
+  func keeping(_ header: [UInt8]) -> Manifest { Manifest(self, safetensorsHeader: header) }
+
   /// Where the tensor of this name stands in `tensors`.
   public func position(of name: String) -> Int? { positions[ExactName(name)] }
 

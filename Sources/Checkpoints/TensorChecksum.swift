@@ -30,6 +30,18 @@ public struct TensorChecksum: Hashable, Sendable, CustomStringConvertible {
     self.bytes = bytes
   }
 
+  /// The checksum of bytes that are all there.
+  init(_ algorithm: Algorithm, of bytes: [UInt8]) {
+    var all = BlockHash(algorithm)
+    for begin in stride(from: 0, to: bytes.count, by: Self.blockSize) {
+      var block = BlockHash(algorithm)
+      bytes[begin..<min(begin + Self.blockSize, bytes.count)].withUnsafeBytes { block.update($0) }
+      block.finish().withUnsafeBytes { all.update($0) }
+    }
+    self.algorithm = algorithm
+    self.bytes = all.finish()
+  }
+
   /// The checksum in hexadecimal digits.
   public var description: String { hexadecimal(bytes) }
 }
@@ -50,6 +62,28 @@ public struct TensorChecksums: Equatable, Sendable {
   public subscript(position: Int) -> TensorChecksum {
     let range = position * algorithm.width..<(position + 1) * algorithm.width
     return TensorChecksum(algorithm, bytes: Array(bytes[range]))!
+  }
+
+  /// Those at these positions, one behind the other.
+  func rows(in order: [Int]) -> TensorChecksums {
+    var rows = bytes
+    for (row, position) in order.enumerated() {
+      for byte in 0..<algorithm.width {
+        rows[row * algorithm.width + byte] = bytes[position * algorithm.width + byte]
+      }
+    }
+    return TensorChecksums(algorithm, bytes: rows)!
+  }
+
+  /// Each at the position that its row has in this order: what `rows(in:)` was made of.
+  func positioned(by order: [Int]) -> TensorChecksums {
+    var positioned = bytes
+    for (row, position) in order.enumerated() {
+      for byte in 0..<algorithm.width {
+        positioned[position * algorithm.width + byte] = bytes[row * algorithm.width + byte]
+      }
+    }
+    return TensorChecksums(algorithm, bytes: positioned)!
   }
 }
 

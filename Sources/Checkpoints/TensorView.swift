@@ -8,6 +8,7 @@ struct TensorView: TensorSource {
 
   var path: String { source.path }
   var warnings: [String] { source.warnings }
+  var foreignChecksums: [String] { source.foreignChecksums }
 
   /// - Parameter tensors: what is seen, and what it is in the source.
   init(
@@ -84,7 +85,7 @@ struct TensorView: TensorSource {
       }
     }
     try comparison.refuseDamage(in: path)
-    try source.refuseDamage(of: comparison.unrecorded, workers: workers)
+    try source.refuseDamage(of: comparison.unrecorded.map { stored[$0] }, workers: workers)
     try checkUnchanged()
   }
 

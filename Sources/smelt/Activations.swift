@@ -38,6 +38,8 @@ struct RecordActivations: ParsableCommand {
 
   @OptionGroup var resources: Resources
 
+  func validate() throws { try refuseUnknownEnding(of: output) }
+
   func run() throws {
     let samples = try ModelInputs(Checkpoint.open(inputs))
     let pass = try transformer.pass(of: Checkpoint.open(model), for: samples)

@@ -72,6 +72,7 @@ struct Calibrate: ParsableCommand {
   }
 
   func validate() throws {
+    try refuseUnknownEnding(of: output)
     guard samples > 1 else { throw ValidationError("--samples must be at least 2.") }
     guard (activations == nil) != (progressive == nil) else {
       throw ValidationError("Give either --activations or --progressive.")

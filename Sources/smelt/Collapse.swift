@@ -39,6 +39,7 @@ struct CollapseCommand: ParsableCommand {
   @OptionGroup var resources: Resources
 
   func validate() throws {
+    try refuseUnknownEnding(of: output)
     let given = [expert != nil, weights != nil, activations != nil].count { $0 }
     guard given == 1 else {
       throw ValidationError("Give one of --expert, --weights and --for.")

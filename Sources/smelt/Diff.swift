@@ -37,7 +37,8 @@ struct Diff: ParsableCommand {
   private func printTable(_ difference: CheckpointDifference) {
     for tensor in difference.onlyInFirst { print("only in \(first): \(quoted(tensor.name))") }
     for tensor in difference.onlyInSecond { print("only in \(second): \(quoted(tensor.name))") }
-    let different = difference.common.filter { !$0.isIdentical }
+    for failure in difference.common.compactMap({ $0.failure }) { print("not compared: \(failure)") }
+    let different = difference.common.filter { !$0.isIdentical && $0.failure == nil }
     if !different.isEmpty {
       print(
         Table(
@@ -45,7 +46,7 @@ struct Diff: ParsableCommand {
           rightAligned: [0, 1, 2]))
     }
     print(
-      "\(difference.common.count - different.count) of \(difference.common.count) common tensors are the same, bit for bit"
+      "\(difference.common.count { $0.isIdentical }) of \(difference.common.count) common tensors are the same, bit for bit"
     )
   }
 
@@ -72,10 +73,13 @@ private struct Report: Encodable {
     let maximum: Double?
     let relativeNorm: Double?
     let cosine: Double?
+    /// Why the two were not compared.
+    let error: String?
 
     init(_ pair: TensorDifference) {
       name = pair.first.name
       identical = pair.isIdentical
+      error = pair.failure?.description
       dtypes = [pair.first.dtype.rawValue, pair.second.dtype.rawValue]
       shapes = [pair.first.shape, pair.second.shape]
       let numbers = pair.numbers

@@ -43,6 +43,7 @@ struct OutputArguments: ParsableArguments {
     func ends(_ endings: [String]) -> Bool {
       endings.contains { output.lowercased().hasSuffix("." + $0) }
     }
+    if maxShardSize == nil { try refuseUnknownEnding(of: output) }
     let isNumPy = ends(NumPy.fileExtensions)
     if layout != nil && !ends(HDF5.fileExtensions) {
       throw ValidationError("--layout is for HDF5 outputs (.h5, .hdf5).")
@@ -77,6 +78,16 @@ struct OutputArguments: ParsableArguments {
     options.isSynced = durability.isSynced
     return options
   }
+}
+
+/// - Throws: that the usage is wrong, if the name of an output says no format that can be written.
+func refuseUnknownEnding(of output: String) throws {
+  let endings = Checkpoint.formats.flatMap { $0.fileExtensions }
+  guard !output.hasSuffix("/"), !endings.contains(where: { output.lowercased().hasSuffix("." + $0) })
+  else { return }
+  throw ValidationError(
+    "The output's ending names no format: '\(output)'. End it in one of \(Endings.all), or in / for a model's folder."
+  )
 }
 
 /// Whether an output has to be on the disk before the command ends.

@@ -109,6 +109,9 @@ struct Upscale: ParsableCommand {
   }
 
   func validate() throws {
+    for output in (format == .mixtral ? [] : [output]) + (taskVectors.map { [$0] } ?? []) {
+      try refuseUnknownEnding(of: output)
+    }
     guard (format == .mixtral) == (activations != nil) else {
       throw ValidationError("--format mixtral and --activations go together.")
     }

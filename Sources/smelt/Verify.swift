@@ -6,7 +6,8 @@ struct Verify: ParsableCommand {
     abstract: "Check that a checkpoint is whole.",
     discussion: """
       Opening proves the structure: every tensor lies where the file says, and nothing else. \
-      --data also reads every byte and compares it with the checksums recorded on writing; \
+      --data also reads every byte and compares it with the checksums recorded on writing, and \
+      goes on behind a tensor that cannot be read; \
       --against compares every tensor with another checkpoint, of any format, bit for bit.
 
       Exit codes: 0 valid, 1 damaged, different or unreadable, 64 wrong usage.
@@ -38,12 +39,21 @@ struct Verify: ParsableCommand {
 
   private func verifyData(of source: any TensorSource) throws -> Bool {
     let verification = try source.verifyData(workers: resources.jobs)
+    for file in verification.foreignChecksums {
+      print(
+        "data: the names, types or shapes in \(file) are not those that its checksums were recorded "
+          + "for: its header is damaged, or another program saved it with other tensors and has to "
+          + "save it without \"checksums\" in its metadata")
+    }
     for tensor in verification.damaged {
       print("data: tensor \(quoted(tensor.name)) is not what was written: its checksum differs")
     }
-    if !verification.isSound {
+    if !verification.damaged.isEmpty {
       print(
         "a file that was changed on purpose has to be saved without \"checksums\" in its metadata")
+    }
+    for failure in verification.unreadable {
+      print("data: tensor \(quoted(failure.tensor.name)) cannot be read: \(failure.cause)")
     }
     print(
       "data: \(verification.checkedCount - verification.damaged.count) of "
@@ -62,7 +72,9 @@ struct Verify: ParsableCommand {
     for tensor in difference.onlyInFirst { print("only in \(path): \(quoted(tensor.name))") }
     for tensor in difference.onlyInSecond { print("only in \(other): \(quoted(tensor.name))") }
     for pair in difference.common where !pair.isIdentical {
-      print("differs from \(other): \(quoted(pair.first.name))")
+      print(
+        pair.failure.map { "not compared with \(other): \($0)" }
+          ?? "differs from \(other): \(quoted(pair.first.name))")
     }
     if difference.isEmpty {
       print("against \(other): \(difference.common.count) tensors are the same, bit for bit")

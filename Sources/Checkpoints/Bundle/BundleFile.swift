@@ -103,7 +103,8 @@ final class BundleFile: Sendable {
             remedy: "the bundle was not made as its format says")
         }
         manifest = Manifest(
-          tensors, metadata: layout.manifest.metadata, safetensorsHeader: bytes)
+          tensors, metadata: layout.manifest.metadata,
+          safetensorsHeader: layout.manifest.safetensorsHeader)
       }
       models.append(Model(name: model.name, manifest: manifest, first: first))
       first += tensors.count

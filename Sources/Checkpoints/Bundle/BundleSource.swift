@@ -124,14 +124,24 @@ public final class BundleSource: TensorSource {
 
   /// Decodes every tensor and compares it with its checksum.
   public func verify(workers: Int = 2) throws {
-    try forEachVerifiedPiece(of: manifest.tensors, workers: workers) { _, _, _ in }
+    try forEachVerifiedPiece(of: manifest.tensors, workers: workers) { _, _, _ in
+    } failed: { (tensor, _, error) throws(CheckpointError) in try refuse(tensor, error) }
   }
 
-  /// The first damaged tensor is an error: behind a wrong frame nothing can be told apart.
+  /// A tensor whose frames, or those of what it is a difference from, are damaged cannot be read.
   public func verifyData(workers: Int) throws -> Verification {
-    try verify(workers: workers)
+    let failures = ReadingFailures()
+    let damaged = Mutex<[TensorInfo]>([])
+    try forEachVerifiedPiece(of: manifest.tensors, workers: workers) { _, _, _ in
+    } failed: { (tensor, step, error) throws(CheckpointError) in
+      guard let error else { return damaged.withLock { $0.append(tensor) } }
+      guard error.tensor != nil else { throw error }
+      failures.add(error, ofTensorAt: manifest.position(of: tensor.name)!, step: step)
+    }
     try checkUnchanged()
-    return Verification(damaged: [], checkedCount: manifest.tensors.count, unrecorded: [])
+    return Verification(
+      manifest.tensors, damaged: damaged.withLock { $0 },
+      unreadable: failures.unreadable(of: manifest.tensors))
   }
 
   /// Writes tensors of `sink`, verified.
@@ -140,13 +150,21 @@ public final class BundleSource: TensorSource {
   public func copy(_ tensors: [TensorInfo], into sink: any TensorSink, workers: Int) throws {
     try forEachVerifiedPiece(of: tensors, workers: workers) { (tensor, offset, bytes) in
       try sink.write(bytes, of: tensor, at: offset)
+    } failed: { (tensor, _, error) throws(CheckpointError) in
+      try refuse(tensor, error)
     }
     try checkUnchanged()
   }
 
+  /// - Parameters:
+  ///   - body: is shown each piece, whatever the whole tensor's checksum is found to be.
+  ///   - failed: decides what becomes of a tensor of which a piece cannot be read, in this step
+  ///     and for this reason, or that does not have its checksum (nil): another one can still be
+  ///     read if nothing is thrown.
   private func forEachVerifiedPiece(
     of tensors: [TensorInfo], workers: Int,
-    _ body: @Sendable (TensorInfo, Int, RawSpan) throws -> Void
+    _ body: @Sendable (TensorInfo, Int, RawSpan) throws -> Void,
+    failed: @Sendable (TensorInfo, Int, CheckpointError?) throws(CheckpointError) -> Void
   ) throws {
     let wanted = try tensors.map { position(of: try tensor($0.name)) }
     try file.base.prove(for: file.withReferences(wanted), workers: workers)
@@ -159,18 +177,21 @@ public final class BundleSource: TensorSource {
     } body: { step, buffer in
       do {
         let (tensor, range) = pieces[step]
+        let isFirst = range.lowerBound == 0
         var piece = buffer.first(range.count)
-        try read(self.tensor(tensor.name), at: range.lowerBound, into: &piece)
+        do throws(CheckpointError) {
+          try read(self.tensor(tensor.name), at: range.lowerBound, into: &piece)
+        } catch {
+          try failed(tensor, step, error)
+          _ = turnstile.pass(step) { running.skip(isFirst: isFirst) }
+          return
+        }
         let bytes = piece.bytes
         try body(tensor, range.lowerBound, bytes)
         try turnstile.pass(step) {
-          let value = running.update(bytes, isFirst: range.lowerBound == 0)
-          guard range.upperBound == tensor.byteCount else { return }
-          guard value == file.tensors[position(of: tensor)].checksum else {
-            throw CheckpointError(
-              file: path, tensor: tensor.name, "does not have the checksum that was recorded",
-              remedy: "the bundle is damaged: get it again")
-          }
+          let value = running.update(bytes, isFirst: isFirst)
+          guard range.upperBound == tensor.byteCount, let value else { return }
+          if value != file.tensors[position(of: tensor)].checksum { try failed(tensor, step, nil) }
         }
       } catch {
         turnstile.close()
@@ -178,16 +199,37 @@ public final class BundleSource: TensorSource {
       }
     }
   }
+
+  /// - Throws: why a tensor is not what the bundle was made of.
+  private func refuse(_ tensor: TensorInfo, _ error: CheckpointError?) throws(CheckpointError) {
+    throw error
+      ?? CheckpointError(
+        file: path, tensor: tensor.name, "does not have the checksum that was recorded",
+        remedy: "the bundle is damaged: get it again")
+  }
 }
 
 /// The checksum of the tensor that is being read in order.
 private final class RunningChecksum: @unchecked Sendable {
   private var checksum = Checksum()
+  /// Whether a piece of the tensor was skipped.
+  private var isCut = false
 
-  /// The checksum of the tensor's bytes up to and with these.
-  func update(_ bytes: RawSpan, isFirst: Bool) -> UInt64 {
-    if isFirst { checksum = Checksum() }
+  /// The checksum of the tensor's bytes up to and with these; nil if some are missing.
+  func update(_ bytes: RawSpan, isFirst: Bool) -> UInt64? {
+    if isFirst { begin() }
     checksum.update(bytes)
-    return checksum.value
+    return isCut ? nil : checksum.value
+  }
+
+  /// Goes on without a piece.
+  func skip(isFirst: Bool) {
+    if isFirst { begin() }
+    isCut = true
+  }
+
+  private func begin() {
+    checksum = Checksum()
+    isCut = false
   }
 }

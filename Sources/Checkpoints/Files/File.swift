@@ -35,8 +35,10 @@ public struct File: ~Copyable, Sendable {
   }
 
   /// Opens for reading and writing a file that must not exist yet.
-  public init(creating path: String) throws(CheckpointError) {
-    let descriptor = retrying { Glibc.open(path, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0o644) }
+  /// - Parameter isPrivate: whether nobody but the owner can open it.
+  public init(creating path: String, isPrivate: Bool = false) throws(CheckpointError) {
+    let mode: mode_t = isPrivate ? 0o600 : 0o644
+    let descriptor = retrying { Glibc.open(path, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, mode) }
     guard descriptor >= 0 else { throw .system(path, "cannot be created") }
     self.init(path: path, descriptor: descriptor)
   }
@@ -180,6 +182,12 @@ extension File {
         remedy: "try again when nothing writes to it")
     }
   }
+}
+
+/// Who may read, write and enter what has this path, if anything has.
+func permissions(of path: String) -> mode_t? {
+  var status = stat()
+  return stat(path, &status) == 0 ? status.st_mode & 0o777 : nil
 }
 
 /// Where temporary files go that belong to no output.

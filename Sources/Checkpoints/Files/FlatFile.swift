@@ -11,15 +11,18 @@ final class FlatSource: TensorSource {
   /// The checksums of the manifest's tensors, if the file records them.
   private let checksums: TensorChecksums?
   let warnings: [String]
+  let foreignChecksums: [String]
   /// `nil` if the file is small or was in memory before it was opened: there it stays.
   private let behind: ReadBehind?
 
+  /// - Parameter hasForeignChecksums: whether the file records checksums, but of other tensors.
   /// - Precondition: every tensor lies within the file; the format has checked it.
   init(
     _ file: MappedFile, _ manifest: Manifest, offsets: [Int], checksums: TensorChecksums? = nil,
-    warnings: [String] = []
+    hasForeignChecksums: Bool = false, warnings: [String] = []
   ) {
-    self.warnings = warnings
+    foreignChecksums = hasForeignChecksums ? [file.path] : []
+    self.warnings = warnings + foreignChecksums.map { warning(ofForeignChecksumsIn: $0) }
     precondition(offsets.count == manifest.tensors.count)
     precondition(checksums.map { $0.count == offsets.count } ?? true)
     self.checksums = checksums

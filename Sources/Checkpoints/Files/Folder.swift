@@ -40,7 +40,8 @@ final class PendingFolder: Sendable {
     self.isReplacing = isReplacing
     self.isSynced = isSynced
     self.name = try PendingName(for: destination) { (temporaryPath) throws(CheckpointError) in
-      guard mkdir(temporaryPath, 0o755) == 0 else { throw .system(path, "cannot be created") }
+      let mode: mode_t = permissions(of: destination) == nil ? 0o755 : 0o700
+      guard mkdir(temporaryPath, mode) == 0 else { throw .system(path, "cannot be created") }
     }
   }
 

@@ -24,11 +24,13 @@ final class PendingFile: Sendable {
     if stat(destination, &status) == 0, status.st_mode & S_IFMT != S_IFREG {
       throw CheckpointError(file: destination, "exists and is not a regular file")
     }
-    // Made here so that the name is ours (O_EXCL) before anyone is told of it.
+    // Made here so that the name is ours (O_EXCL) before anyone is told of it. What takes another's
+    // place gets its permissions at the end, and until then none that it might not have.
+    let isPrivate = permissions(of: destination) != nil
     name = try PendingName(for: destination) { (path) throws(CheckpointError) in
-      do throws(CheckpointError) { _ = try File(creating: path) } catch {
-        throw error.moved(to: destination)
-      }
+      do throws(CheckpointError) {
+        _ = try File(creating: path, isPrivate: isPrivate)
+      } catch { throw error.moved(to: destination) }
     }
   }
 

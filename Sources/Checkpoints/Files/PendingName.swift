@@ -35,13 +35,19 @@ final class PendingName: Sendable {
     Unfinished.add(temporaryPath)
   }
 
-  /// Gives it its own name, and flushes the folder that it is in.
+  /// Gives it its own name, with the permissions of what had that name before, and flushes the
+  /// folder that it is in.
   /// - Parameters:
   ///   - isReplacingFolder: whether the destination is a folder, which goes.
   ///   - isSynced: false if the folder is not to be flushed.
   func putInPlace(
     replacingFolder isReplacingFolder: Bool = false, synced isSynced: Bool
   ) throws(CheckpointError) {
+    if let mode = permissions(of: destination) {
+      guard chmod(temporaryPath, mode) == 0 else {
+        throw .system(destination, "cannot get the permissions of what it replaces")
+      }
+    }
     if isReplacingFolder {
       // The old and the new folder change names at once; then the old one goes.
       let swapped = renameat2(

@@ -17,8 +17,8 @@ extension HDF5.ChecksumRows {
   func write(_ checksums: TensorChecksums, of manifest: Manifest, to file: borrowing File)
     throws(CheckpointError)
   {
-    let rows = manifest.positionsByName.flatMap { checksums[$0].bytes }
-    try file.write(rows.span.bytes, at: range.lowerBound)
+    let rows = checksums.rows(in: manifest.positionsByName)
+    try file.write(rows.bytes.span.bytes, at: range.lowerBound)
   }
 
   /// The checksums of the manifest's tensors, or nil where they cannot be those: someone may
@@ -29,21 +29,6 @@ extension HDF5.ChecksumRows {
       range.upperBound <= (try fileSize(path))
     else { return nil }
     let rows = try File(reading: path).bytes(at: range.lowerBound, count: range.count)
-    var bytes = rows
-    for (row, position) in manifest.positionsByName.enumerated() {
-      for byte in 0..<algorithm.width {
-        bytes[position * algorithm.width + byte] = rows[row * algorithm.width + byte]
-      }
-    }
-    return TensorChecksums(algorithm, bytes: bytes)
-  }
-}
-
-extension Manifest {
-  /// Where the tensors stand, in the order of the UTF-8 bytes of their names.
-  fileprivate var positionsByName: [Int] {
-    tensors.indices.sorted {
-      tensors[$0].name.utf8.lexicographicallyPrecedes(tensors[$1].name.utf8)
-    }
+    return TensorChecksums(algorithm, bytes: rows)?.positioned(by: manifest.positionsByName)
   }
 }

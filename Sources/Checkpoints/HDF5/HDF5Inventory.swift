@@ -128,7 +128,10 @@ private struct HDF5Reader: ~Copyable {
           "has at \(quoted(member)) a soft or external link, which Smelt does not follow",
           remedy: "put the dataset itself there")
       }
-      let object = try HDF5Handle(H5Oopen(group.id, link.name, hid_t(H5P_DEFAULT)))
+      let object: HDF5Handle
+      do throws(HDF5Failure) {
+        object = try HDF5Handle(H5Oopen(group.id, link.name, hid_t(H5P_DEFAULT)))
+      } catch { throw error.of(member) }
       switch H5Iget_type(object.id) {
       case H5I_GROUP where member == HDF5.metadataGroup: try readMetadata(object)
       case H5I_GROUP: try read(object, path: member, depth: depth + 1)

@@ -75,6 +75,11 @@ enum HDF5Library {
         "cannot be written: No space left on device",
         remedy: "free some space or write to another disk")
     }
+    if messages.contains(where: { $0.contains("bad version number for layout message") }) {
+      return HDF5Failure(
+        "is stored in a way that only libhdf5 2.0 and later read, as h5py's libver=\"latest\" does",
+        remedy: "write it again with libver=\"v114\", or without libver")
+    }
     // Behind the first colon the library tells of its own buffers and clocks.
     messages = messages.map { String($0.prefix { $0 != ":" && $0 != "\n" }) }
     guard let what = messages.first, let why = messages.last else {

@@ -5,6 +5,7 @@ final class ShardedSource: TensorSource {
   let path: String
   let manifest: Manifest
   let warnings: [String]
+  var foreignChecksums: [String] { shards.flatMap { $0.foreignChecksums } }
   private let shards: [any TensorSource]
   /// The shard of each tensor of the manifest.
   private let places: [Int]
@@ -21,9 +22,7 @@ final class ShardedSource: TensorSource {
     var warnings: [String] = []
     for (number, file) in index.files.enumerated() {
       guard access("\(folder)/\(file)", F_OK) == 0 else {
-        throw CheckpointError(
-          file: "\(folder)/\(file)", "is missing, but \(index.path) names it",
-          remedy: "download it")
+        throw Self.missing("\(folder)/\(file)", code: errno, index)
       }
       let shard = try open("\(folder)/\(file)")
       let expected = Set(index.tensors[file]!.map { ExactName($0) })
@@ -56,6 +55,19 @@ final class ShardedSource: TensorSource {
     warnings += try strayFiles(beside: index)
     warnings += linksLeaving(folder, index.files)
     self.warnings = warnings
+  }
+
+  /// Why there is no file, by the system's error.
+  private static func missing(_ path: String, code: Int32, _ index: ShardIndex) -> CheckpointError {
+    switch code {
+    case ENOENT, ENOTDIR:
+      CheckpointError(file: path, "is missing, but \(index.path) names it", remedy: "download it")
+    case ELOOP:
+      CheckpointError(
+        file: path, "is a loop of symbolic links, but \(index.path) names it",
+        remedy: "put the file itself there: download it")
+    default: .system(path, "cannot be opened", code: code)
+    }
   }
 
   /// Refuses a tensor that is in two files; warns of one that is in a file but not in the index.
@@ -92,21 +104,16 @@ final class ShardedSource: TensorSource {
 
   /// Each file knows best how to verify itself.
   func verifyData(workers: Int) throws -> Verification {
-    var damaged = Set<ExactName>()
-    var unrecorded = Set<ExactName>()
-    for shard in shards {
-      let result = try shard.verifyData(workers: workers)
-      damaged.formUnion(result.damaged.map { ExactName($0.name) })
-      unrecorded.formUnion(result.unrecorded.map { ExactName($0.name) })
-    }
+    var results: [Verification] = []
+    for shard in shards { results.append(try shard.verifyData(workers: workers)) }
     // A file may hold tensors that the index leaves out.
-    func tensors(_ names: Set<ExactName>) -> [TensorInfo] {
-      manifest.tensors.filter { names.contains(ExactName($0.name)) }
+    func own(_ found: (Verification) -> [TensorInfo]) -> [TensorInfo] {
+      results.flatMap(found).filter { manifest[$0.name] != nil }
     }
     return Verification(
-      damaged: tensors(damaged),
-      checkedCount: manifest.tensors.count - tensors(unrecorded).count,
-      unrecorded: tensors(unrecorded))
+      manifest.tensors, damaged: own { $0.damaged },
+      unreadable: results.flatMap { $0.unreadable }.filter { manifest[$0.tensor.name] != nil },
+      unrecorded: own { $0.unrecorded }, foreignChecksums: foreignChecksums)
   }
 
   func refuseDamage(of tensors: [TensorInfo], workers: Int) throws {

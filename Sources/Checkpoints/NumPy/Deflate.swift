@@ -110,20 +110,24 @@ extension ZipArchive {
     let positions = Dictionary(grouping: tensors.indices) { ExactName(entryOf($0).name) }
       .values.sorted { $0[0] < $1[0] }
     let sound = Mutex<[Bool?]>(.init(repeating: nil, count: tensors.count))
+    let failures = ReadingFailures()
     try forEachStep(count: positions.count, workers: workers) {
     } body: { step, _ in
-      let isSound = try isSound(entryOf(positions[step][0]))
-      sound.withLock { sound in positions[step].forEach { sound[$0] = isSound } }
+      do throws(CheckpointError) {
+        let isSound = try isSound(entryOf(positions[step][0]))
+        sound.withLock { sound in positions[step].forEach { sound[$0] = isSound } }
+      } catch {
+        for position in positions[step] { failures.add(error, ofTensorAt: position, step: step) }
+      }
     }
     try file.checkUnchanged()
-    let results = sound.withLock { $0 }
+    let (results, causes) = (sound.withLock { $0 }, failures.causes)
     func found(_ isSound: Bool?) -> [TensorInfo] {
-      tensors.indices.filter { results[$0] == isSound }.map { tensors[$0] }
+      tensors.indices.filter { results[$0] == isSound && causes[$0] == nil }.map { tensors[$0] }
     }
-    let unrecorded = found(nil)
     return Verification(
-      damaged: found(false), checkedCount: tensors.count - unrecorded.count,
-      unrecorded: unrecorded)
+      tensors, damaged: found(false), unreadable: failures.unreadable(of: tensors),
+      unrecorded: found(nil))
   }
 
   /// Unpacks an entry into a temporary file without a name and checks its size and checksum.

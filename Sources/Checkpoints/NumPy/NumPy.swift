@@ -239,7 +239,9 @@ private final class NumPySource: TensorSource {
         files.append(files.remove(at: known))
       } else {
         if files.count == Self.mostUnpacked { files.removeFirst() }
-        files.append((position, try archive.unpack(places[position].entry)))
+        do throws(CheckpointError) {
+          files.append((position, try archive.unpack(places[position].entry)))
+        } catch { throw error.of(manifest.tensors[position].name) }
       }
       return files.last!.file
     }

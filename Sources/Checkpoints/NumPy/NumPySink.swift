@@ -269,6 +269,8 @@ private struct ZipMember {
       + number(count, 8) + number(count, 8) + number(size, 8) + number(offset, 8)
     let locator =
       number(0x0706_4B50, 4) + number(0, 4) + number(offset + size, 8) + number(1, 4)
+    // An archive of nothing is the last record alone: numpy knows it by its first bytes.
+    guard count > 0 else { return number(0x0605_4B50, 4) + number(0, 18) }
     // numpy's zip module takes the 64-bit records only where these are at their limits.
     let end =
       number(0x0605_4B50, 4) + number(0, 4) + number(0xFFFF, 2) + number(0xFFFF, 2)

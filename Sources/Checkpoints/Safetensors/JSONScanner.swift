@@ -30,6 +30,9 @@ struct JSONScanner {
     return String(text.drop { $0.isWhitespace })
   }
 
+  /// The bytes from a position to the present one.
+  func bytes(from start: Int) -> ArraySlice<UInt8> { bytes[start..<position] }
+
   /// The next byte that is not white space, without taking it.
   mutating func peek() -> UInt8? {
     while position < bytes.count {

@@ -19,7 +19,8 @@ public enum Safetensors: CheckpointFormat {
     let header = try readHeader(file)
     let layout = try Layout(parsing: header, fileSize: file.size, path: path)
     return FlatSource(
-      file, layout.manifest, offsets: layout.offsets, checksums: layout.checksums?.values)
+      file, layout.manifest, offsets: layout.offsets, checksums: layout.recorded,
+      hasForeignChecksums: layout.hasForeignChecksums)
   }
 
   public static func create(_ path: String, _ manifest: Manifest, _ options: WritingOptions)
@@ -55,7 +56,7 @@ public enum Safetensors: CheckpointFormat {
     }
     return try FlatSink(
       pending, layout.manifest, offsets: layout.offsets,
-      checksums: layout.checksums?.values.algorithm,
+      checksums: layout.checksums?.algorithm,
       warnings: layout.lacksRoomForChecksums
         ? [
           "\(path): written without checksums: they would make the header larger than the format allows"
@@ -65,7 +66,7 @@ public enum Safetensors: CheckpointFormat {
         try Safetensors.open(path)
       }
     ) { (file, checksums) throws(CheckpointError) in
-      let text = ChecksumText(checksums, at: layout.checksums!.offset)
+      let text = ChecksumText(checksums, of: layout.manifest, at: layout.checksums!.offset)
       try file.write(text.bytes.span.bytes, at: text.offset)
     }
   }
@@ -79,7 +80,7 @@ public enum Safetensors: CheckpointFormat {
     guard size > 0 else {
       throw malformed("is empty", remedy: "download it again")
     }
-    let beginning = try file.bytes(at: 0, count: min(16, size))
+    let beginning = try file.bytes(at: 0, count: min(512, size))
     if let likeness = likeness(of: beginning) {
       throw malformed(
         "is not a safetensors file: it looks like \(likeness.kind)", remedy: likeness.remedy)

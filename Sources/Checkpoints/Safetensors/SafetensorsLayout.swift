@@ -5,13 +5,21 @@ extension Safetensors {
     /// Where each tensor of the manifest begins in the file.
     let offsets: [Int]
 
-    /// Where in the file the checksums of the manifest's tensors stand, if it has them.
-    let checksums: ChecksumText?
+    /// Of what kind the checksums of the manifest's tensors are and where in the file they stand,
+    /// if it has any.
+    let checksums: (algorithm: TensorChecksum.Algorithm, offset: Int)?
+
+    /// The checksums that were read, in the manifest's order.
+    let recorded: TensorChecksums?
+
+    /// Whether there are checksums, but of other tensors. Such a header is not the manifest's:
+    /// nobody is to write it again.
+    let hasForeignChecksums: Bool
 
     /// Whether checksums were left out because the header would be too large with them.
     private(set) var lacksRoomForChecksums = false
 
-    private var header: [UInt8] { manifest.safetensorsHeader! }  // Every layout has one.
+    private let header: [UInt8]
 
     /// The length and the header: all bytes before the tensors.
     var prefix: [UInt8] {
@@ -70,7 +78,7 @@ extension Safetensors.Layout {
     let dataStart = 8 + header.count
     let (own, overflow) = dataStart.addingReportingOverflow(entries.ranges.last?.end ?? 0)
     let fileSize = fileSize ?? (overflow ? .max : own)
-    manifest = try Manifest(proving: entries.tensors, metadata, header) {
+    let manifest = try Manifest(proving: entries.tensors, metadata) {
       CheckpointError(file: path, tensor: $0.name, "the header names it twice")
     }
     let end = try Self.prove(entries, dataSize: fileSize - dataStart, path: path)
@@ -80,7 +88,13 @@ extension Safetensors.Layout {
         remedy: "they belong to nothing: the header or the file is damaged")
     }
     offsets = entries.ranges.map { dataStart + $0.begin }
-    self.checksums = checksums
+    recorded = checksums?.checksums(of: manifest)
+    hasForeignChecksums = checksums != nil && recorded == nil
+    self.checksums = checksums.flatMap { [recorded] text in
+      recorded.map { ($0.algorithm, text.offset) }
+    }
+    self.manifest = hasForeignChecksums ? manifest : manifest.keeping(header)
+    self.header = header
   }
 
   /// The entries in the order of their bytes, and the metadata.
@@ -102,11 +116,6 @@ extension Safetensors.Layout {
     }
     try scanner.expectEnd()
     entries.sort()
-    // Ours only if there is one for each tensor; else it is somebody's text.
-    if let text = checksums, text.values.count != entries.tensors.count {
-      metadata?[ChecksumText.key] = String(decoding: text.bytes, as: UTF8.self)
-      checksums = nil
-    }
     return (entries, metadata ?? [:], checksums)
   }
 
@@ -134,8 +143,8 @@ extension Safetensors.Layout {
       }
       let start = scanner.position
       let value = try scanner.string("in __metadata__")
-      if key == ChecksumText.key, let text = ChecksumText(value, at: 8 + start + 1),
-        text.bytes.count == scanner.position - start - 2  // Nothing in it is escaped.
+      if key == ChecksumText.key,
+        let text = ChecksumText(scanner.bytes(from: start).dropFirst().dropLast(), at: 8 + start + 1)
       {
         checksums = text
       } else {
@@ -151,6 +160,7 @@ extension Safetensors.Layout {
     var dtype: DType?
     var shape: [Int]?
     var dataOffsets: [Int]?
+    var others = Set<ExactName>()
     scanner.tensor = name
     defer { scanner.tensor = nil }
     guard scanner.peek() == UInt8(ascii: "{") else {
@@ -176,7 +186,11 @@ extension Safetensors.Layout {
           throw scanner.failure("has two fields data_offsets")
         }
         dataOffsets = try parseNaturals(&scanner, "in its data_offsets")
-      default: try scanner.skipValue("in its entry")
+      default:
+        guard others.insert(ExactName(field)).inserted else {
+          throw scanner.failure("has two fields \(quoted(field))")
+        }
+        try scanner.skipValue("in its entry")
       }
     }
     guard let dtype else { throw scanner.failure("has no dtype") }
@@ -228,12 +242,20 @@ extension Safetensors.Layout {
           "takes \(range.end - range.begin) bytes but its shape \(tensor.shapeDescription) of \(tensor.dtype.rawValue) needs \(tensor.byteCount)"
         )
       }
+      var previous: String { quoted(entries.tensors[index - 1].name) }
       guard range.begin >= expected else {
-        throw malformed("overlaps \(quoted(entries.tensors[index - 1].name))")
+        guard range != entries.ranges[index - 1] else {
+          throw malformed("has the same bytes as \(previous)")
+        }
+        guard range.end > expected else { throw malformed("lies within \(previous)") }
+        throw malformed(
+          "begins at byte \(range.begin), before the end of \(previous) at \(expected)")
       }
       guard range.begin == expected else {
         throw malformed(
-          "begins at byte \(range.begin), leaving a hole of \(range.begin - expected) bytes before it"
+          expected == 0
+            ? "begins at byte \(range.begin), but no tensor has the bytes from 0 on"
+            : "begins at byte \(range.begin), leaving a hole of \(range.begin - expected) bytes behind \(previous)"
         )
       }
       guard range.end <= dataSize else {
@@ -244,53 +266,6 @@ extension Safetensors.Layout {
       expected = range.end
     }
     return expected
-  }
-}
-
-/// The checksums of a file's tensors as one of its metadata: the algorithm, then a space and
-/// the hexadecimal digits for each tensor in the order of the data.
-struct ChecksumText: Sendable {
-  static let key = "checksums"
-
-  let values: TensorChecksums
-  /// Where in the file the text begins.
-  let offset: Int
-
-  init(_ values: TensorChecksums, at offset: Int) {
-    self.values = values
-    self.offset = offset
-  }
-
-  /// - Returns: nil if the text is something else, whoever wrote it.
-  init?(_ text: String, at offset: Int) {
-    var fields = text.utf8.split(separator: UInt8(ascii: " "), omittingEmptySubsequences: false)
-    guard let name = String(fields.removeFirst()),
-      let algorithm = TensorChecksum.Algorithm(rawValue: name)
-    else { return nil }
-    var bytes: [UInt8] = []
-    for field in fields {
-      guard field.count == 2 * algorithm.width else { return nil }
-      var high: UInt8 = 0
-      for (index, digit) in field.enumerated() {
-        let value: UInt8
-        switch digit {
-        case UInt8(ascii: "0")...UInt8(ascii: "9"): value = digit - UInt8(ascii: "0")
-        case UInt8(ascii: "a")...UInt8(ascii: "f"): value = digit - UInt8(ascii: "a") + 10
-        default: return nil
-        }
-        if index.isMultiple(of: 2) { high = value << 4 } else { bytes.append(high | value) }
-      }
-    }
-    self.init(TensorChecksums(algorithm, bytes: bytes)!, at: offset)
-  }
-
-  /// The text: its length depends only on the algorithm and the number of tensors.
-  var bytes: [UInt8] {
-    (0..<values.count).reduce(into: Array(values.algorithm.rawValue.utf8)) { text, position in
-      let width = values.algorithm.width
-      text.append(UInt8(ascii: " "))
-      text += hexadecimal(values.bytes[position * width..<(position + 1) * width]).utf8
-    }
   }
 }
 
@@ -308,8 +283,8 @@ extension Safetensors.Layout {
     if let header = manifest.safetensorsHeader,
       let original = try? Safetensors.Layout(
         parsing: header, fileSize: 8 + header.count + manifest.byteCount, path: path),
-      original.manifest.describesTheSame(as: manifest),
-      keepsHeader || original.checksums?.values.algorithm == algorithm
+      original.manifest.describesTheSame(as: manifest), !original.hasForeignChecksums,
+      keepsHeader || original.checksums?.algorithm == algorithm
     {
       self = original
       return
@@ -324,17 +299,15 @@ extension Safetensors.Layout {
       // transformers refuses a file that has metadata but does not say whose shapes these are.
       if metadata["format"] == nil { metadata["format"] = "pt" }
     }
-    var checksums: ChecksumText?
+    var checksums: (TensorChecksum.Algorithm, Int)?
     if !metadata.isEmpty {
       append("\"__metadata__\":{")
       if let algorithm {
         append("\"\(ChecksumText.key)\":\"")
-        let unknown = [UInt8](repeating: 0, count: tensors.count * algorithm.width)
-        let text = ChecksumText(
-          TensorChecksums(algorithm, bytes: unknown)!, at: 8 + header.count)
+        let text = ChecksumText(algorithm, count: tensors.count, at: 8 + header.count)
         header += text.bytes
         append("\"")
-        checksums = text
+        checksums = (algorithm, text.offset)
       }
       for (key, value) in metadata.sorted(by: { $0.key < $1.key }) {
         append((header.last == UInt8(ascii: "{") ? "" : ",") + jsonString(key) + ":")
@@ -373,7 +346,10 @@ extension Safetensors.Layout {
     }
     offsets = begins.map { [start = 8 + header.count] in start + $0 }
     self.manifest = Manifest(tensors, metadata: metadata, safetensorsHeader: header)
+    self.header = header
     self.checksums = checksums
+    recorded = nil
+    hasForeignChecksums = false
   }
 }
 
