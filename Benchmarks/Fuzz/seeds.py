@@ -24,7 +24,7 @@ def headers():
     yield b"\1" + json.dumps({"a": one | {"x": [1.5e3, None, True, {"y": "\ud83d\ude00"}]}}).encode()
     yield b"\0{}   "
     yield b'\1{"\\u0061\\"\\/\\b\\ud83d\\ude00":{"dtype":"I8","shape":[],"data_offsets":[0,1]}}'
-    checksums = "xxh3-64/1MiB 0123456789abcdef"
+    checksums = "xxh3-64/1MiB c38506e5e94fa170 0123456789abcdef"  # The first is that of "U8 [] 1 a\n".
     yield b"\1" + json.dumps({"__metadata__": {"checksums": checksums}, "a": one}).encode()
 
 

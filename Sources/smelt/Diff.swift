@@ -37,7 +37,9 @@ struct Diff: ParsableCommand {
   private func printTable(_ difference: CheckpointDifference) {
     for tensor in difference.onlyInFirst { print("only in \(first): \(quoted(tensor.name))") }
     for tensor in difference.onlyInSecond { print("only in \(second): \(quoted(tensor.name))") }
-    for failure in difference.common.compactMap({ $0.failure }) { print("not compared: \(failure)") }
+    for failure in difference.common.compactMap({ $0.failure }) {
+      print("not compared: \(failure)")
+    }
     let different = difference.common.filter { !$0.isIdentical && $0.failure == nil }
     if !different.isEmpty {
       print(

@@ -83,8 +83,8 @@ struct OutputArguments: ParsableArguments {
 /// - Throws: that the usage is wrong, if the name of an output says no format that can be written.
 func refuseUnknownEnding(of output: String) throws {
   let endings = Checkpoint.formats.flatMap { $0.fileExtensions }
-  guard !output.hasSuffix("/"), !endings.contains(where: { output.lowercased().hasSuffix("." + $0) })
-  else { return }
+  let names = endings.contains { output.lowercased().hasSuffix("." + $0) }
+  guard !names, !output.hasSuffix("/") else { return }
   throw ValidationError(
     "The output's ending names no format: '\(output)'. End it in one of \(Endings.all), or in / for a model's folder."
   )

@@ -139,6 +139,21 @@ import Testing
     #expect(error.problem == "is not a file of tensors but a folder")
   }
 
+  @Test func `a shard that is a loop of symbolic links is named`() throws {
+    let folder = try TemporaryFolder()
+    try makeModel(in: folder)
+    let (one, other) = ("model-00002-of-00002.safetensors", "other")
+    try FileManager.default.removeItem(atPath: folder(one))
+    for (from, to) in [(one, other), (other, one)] {
+      try FileManager.default.createSymbolicLink(atPath: folder(from), withDestinationPath: to)
+    }
+    let error = try #require(throws: CheckpointError.self) { try Checkpoint.open(folder.path) }
+    #expect(error.file == folder(one))
+    #expect(
+      error.problem
+        == "is a loop of symbolic links, but \(folder("model.safetensors.index.json")) names it")
+  }
+
   @Test func `a missing shard is named`() throws {
     let folder = try TemporaryFolder()
     try makeModel(in: folder)

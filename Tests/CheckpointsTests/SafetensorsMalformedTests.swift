@@ -85,6 +85,43 @@ private func u8(_ name: String, _ begin: Int, _ end: Int, count: Int? = nil) -> 
       "FILE: is not a safetensors file: it looks like an HTML page; the download got a web page instead of the file"
     ),
     .init(
+      "an HTML page behind a mark and white space",
+      bytes: [0xEF, 0xBB, 0xBF] + Array("\r\n\n  <!DocType HTML>".utf8),
+      "FILE: is not a safetensors file: it looks like an HTML page; the download got a web page instead of the file"
+    ),
+    .init(
+      "an HTML page without its type", bytes: Array("<head><title>404".utf8),
+      "FILE: is not a safetensors file: it looks like an HTML page; the download got a web page instead of the file"
+    ),
+    .init(
+      "an XHTML page",
+      bytes: Array("<?xml version=\"1.0\"?>\n<html xmlns=\"http://www.w3.org/1999/xhtml\">".utf8),
+      "FILE: is not a safetensors file: it looks like an HTML page; the download got a web page instead of the file"
+    ),
+    .init(
+      "a server's refusal as XML",
+      bytes: Array("<?xml version=\"1.0\"?>\n<Error><Code>AccessDenied</Code></Error>".utf8),
+      "FILE: is not a safetensors file: it looks like an XML document; the download got a server's message instead of the file: read it, it says why"
+    ),
+    .init(
+      "a server's refusal as JSON", bytes: Array(#"{"errors":{"message":"Not found"}}"#.utf8),
+      "FILE: is not a safetensors file: it looks like JSON text; name the file with the tensors; if this should be it, the download got a server's message instead: read it"
+    ),
+    .init(
+      "a JSON file with a brace in the ninth place", bytes: Array("{\n\"abcd\":{\"x\":1}}".utf8),
+      "FILE: is not a safetensors file: it looks like JSON text; name the file with the tensors; if this should be it, the download got a server's message instead: read it"
+    ),
+    .init(
+      "a gzip file", bytes: [0x1F, 0x8B, 8, 0] + length(3),
+      "FILE: is not a safetensors file: it looks like a gzip file; unpack it first, with 'gunzip', or 'tar -xzf' if it is an archive"
+    ),
+    .init(
+      "a tar archive",
+      bytes: Array("model.safetensors".utf8) + [UInt8](repeating: 0, count: 240)
+        + Array("ustar\u{0}00".utf8) + [UInt8](repeating: 0, count: 248),
+      "FILE: is not a safetensors file: it looks like a tar archive; take the checkpoint out of it first, with 'tar -xf'"
+    ),
+    .init(
       "a zip archive", bytes: Array("PK\u{3}\u{4}".utf8) + length(3),
       "FILE: is not a safetensors file: it looks like a zip archive"),
     .init(
@@ -249,6 +286,10 @@ private func u8(_ name: String, _ begin: Int, _ end: Int, count: Int? = nil) -> 
       "{\"a\":{\"dtype\":\"U8\",\"shape\":[],\"data_offsets\":[0,1],\"data_offsets\":[0,1]}}",
       body: 1, #"FILE: tensor "a": has two fields data_offsets"#),
     .init(
+      "a field of others twice",
+      "{\"a\":{\"dtype\":\"U8\",\"n\":1,\"shape\":[],\"data_offsets\":[0,1],\"\\u006e\":{}}}",
+      body: 1, #"FILE: tensor "a": has two fields "n""#),
+    .init(
       "a name twice", "{" + u8("a", 0, 1) + "," + u8("a", 1, 2) + "}", body: 2,
       #"FILE: tensor "a": the header names it twice"#),
     .init(
@@ -307,19 +348,19 @@ private func u8(_ name: String, _ begin: Int, _ end: Int, count: Int? = nil) -> 
       #"FILE: tensor "a": begins at byte 2, after its end at 0"#),
     .init(
       "a hole at the start", "{" + u8("a", 1, 3) + "}", body: 3,
-      #"FILE: tensor "a": begins at byte 1, leaving a hole of 1 bytes before it"#),
+      #"FILE: tensor "a": begins at byte 1, but no tensor has the bytes from 0 on"#),
     .init(
       "a hole between", "{" + u8("a", 0, 2) + "," + u8("b", 4, 6) + "}", body: 6,
-      #"FILE: tensor "b": begins at byte 4, leaving a hole of 2 bytes before it"#),
+      #"FILE: tensor "b": begins at byte 4, leaving a hole of 2 bytes behind "a""#),
     .init(
       "the same bytes twice", "{" + u8("a", 0, 2) + "," + u8("b", 0, 2) + "}", body: 2,
-      #"FILE: tensor "b": overlaps "a""#),
+      #"FILE: tensor "b": has the same bytes as "a""#),
     .init(
       "a partial overlap", "{" + u8("a", 0, 2) + "," + u8("b", 1, 3) + "}", body: 3,
-      #"FILE: tensor "b": overlaps "a""#),
+      #"FILE: tensor "b": begins at byte 1, before the end of "a" at 2"#),
     .init(
       "a tensor inside another", "{" + u8("a", 0, 9) + "," + u8("b", 1, 3) + "}", body: 9,
-      #"FILE: tensor "b": overlaps "a""#),
+      #"FILE: tensor "b": lies within "a""#),
     .init(
       "more bytes than its shape", "{" + u8("a", 0, 3, count: 2) + "}", body: 3,
       #"FILE: tensor "a": takes 3 bytes but its shape [2] of U8 needs 2"#),
@@ -346,10 +387,10 @@ private func u8(_ name: String, _ begin: Int, _ end: Int, count: Int? = nil) -> 
       body: 2, #"FILE: tensor "a": has 6-bit elements that do not fill whole bytes"#),
     .init(
       "an empty tensor inside another", "{" + u8("a", 0, 2) + "," + u8("b", 1, 1) + "}", body: 2,
-      #"FILE: tensor "b": overlaps "a""#),
+      #"FILE: tensor "b": lies within "a""#),
     .init(
       "an empty tensor behind the data", "{" + u8("a", 0, 2) + "," + u8("b", 7, 7) + "}", body: 2,
-      #"FILE: tensor "b": begins at byte 7, leaving a hole of 5 bytes before it"#),
+      #"FILE: tensor "b": begins at byte 7, leaving a hole of 5 bytes behind "a""#),
   ]
 
   static let metadata: [MalformedFile] = [

@@ -1,5 +1,6 @@
 """Files of every format, read by the libraries whose formats they are."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -17,8 +18,9 @@ SMELT = os.environ["SMELT"]
 FIXTURES = Path(__file__).parents[2] / "Fixtures"
 
 
-def convert(source, target):
-    subprocess.run([SMELT, "convert", str(source), str(target)], check=True, capture_output=True)
+def convert(source, target, *options):
+    command = [SMELT, "convert", str(source), str(target), *options]
+    subprocess.run(command, check=True, capture_output=True)
 
 
 # What safetensors.numpy cannot load, deserialize can.
@@ -162,7 +164,57 @@ class Formats(unittest.TestCase):
         self.assertEqual(metadata["format"], "pt")
         algorithm, *checksums = metadata["checksums"].split(" ")
         self.assertEqual(algorithm, "xxh3-64/1MiB")
-        self.assertEqual([len(checksum) for checksum in checksums], [16, 16])
+        self.assertEqual([len(checksum) for checksum in checksums], [16, 16, 16])
+
+    def test_recorded_checksums_are_what_a_few_lines_of_python_compute(self):
+        self.arrays["é\n"] = np.zeros(3, np.uint8)
+        self.arrays["large"] = np.arange(600_000, dtype=np.float32)
+        save_file(self.arrays, self.out / "in.safetensors")
+        convert(self.out / "in.safetensors", self.out / "out.safetensors", "--sha256")
+        data = (self.out / "out.safetensors").read_bytes()
+        start = 8 + int.from_bytes(data[:8], "little")
+        header, body = json.loads(data[8:start]), data[start:]
+
+        def checksum(data, H=hashlib.sha256):
+            blocks = (data[i : i + 2**20] for i in range(0, len(data), 2**20))
+            return H(b"".join(H(block).digest() for block in blocks)).hexdigest()
+
+        tensors = [t for t in sorted(header.items()) if t[0] != "__metadata__"]
+        described = "".join(
+            f"{t['dtype']} {t['shape']} {len(n.encode())} {n}\n" for n, t in tensors)
+        parts = (body[slice(*t["data_offsets"])] for _, t in tensors)
+        self.assertEqual(
+            header["__metadata__"]["checksums"],
+            " ".join(["sha256/1MiB", checksum(described.encode()), *map(checksum, parts)]))
+
+    def test_recorded_checksums_hold_when_the_wheel_saves_the_file_again(self):
+        path, again = self.out / "out.safetensors", self.out / "again.safetensors"
+        convert(self.out / "model.safetensors", path, "--rename", "^=x.")
+        with safe_open(path, "np") as file:
+            metadata = file.metadata()
+        arrays = load_file(path)
+        save_file(dict(reversed(arrays.items())), again, metadata)
+        convert(again, self.out / "copy.h5")
+        check = [SMELT, "verify", "--data", str(again)]
+        result = subprocess.run(check, capture_output=True, text=True, check=True)
+        count = len(self.arrays)
+        self.assertIn(f"data: {count} of {count} tensors have the checksum", result.stdout)
+        arrays["new"] = np.zeros(1)
+        save_file(arrays, again, metadata)
+        result = subprocess.run(check, capture_output=True, text=True)
+        self.assertEqual(result.returncode, 1)
+        self.assertIn("are not those that its checksums were recorded for", result.stdout)
+        save_file(arrays, again, {k: v for k, v in metadata.items() if k != "checksums"})
+        subprocess.run(check, capture_output=True, text=True, check=True)
+
+    def test_an_archive_without_arrays_is_one_to_numpy(self):
+        save_file({}, self.out / "none.safetensors", {"format": "pt"})
+        for options in [], ["--compress", "deflate"]:
+            convert(self.out / "none.safetensors", self.out / "none.npz", *options)
+            with np.load(self.out / "none.npz") as archive:
+                self.assertEqual(archive.files, [])
+            convert(self.out / "none.npz", self.out / "back.safetensors")
+            self.assertEqual(load_file(self.out / "back.safetensors"), {})
 
     def test_a_model_folder_holds_the_model(self):
         (self.out / "config.json").write_text(json.dumps({"model_type": "llama"}))

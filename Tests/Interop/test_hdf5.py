@@ -1,5 +1,6 @@
 """HDF5 files of Smelt read by h5py and h5dump, and those of h5py read by Smelt."""
 
+import itertools
 import json
 import os
 import shutil
@@ -365,6 +366,44 @@ class Foreign(Folder):
         result = smelt("inspect", path)
         self.assertEqual(result.returncode, 1)
         self.assertIn("has a group that appears more than 16 times, here as", result.stderr)
+
+    def test_chunks_listed_in_each_way(self):
+        # One chunk, a fixed and an extensible array, a B-tree of version 2; h5py's "latest" of
+        # HDF5 2.0 has a layout that older libraries do not know.
+        array = np.arange(4000, dtype=np.float32).reshape(50, 80)
+        shapes = [
+            {"chunks": (50, 80)}, {"chunks": (7, 9)}, {"chunks": (7, 9), "maxshape": (None, 80)},
+            {"chunks": (7, 9), "maxshape": (None, None)},
+        ]  # fmt: skip
+        filters = [
+            {}, {"compression": "gzip", "shuffle": True}, {"compression": "lzf"},
+            {"fletcher32": True},
+        ]  # fmt: skip
+        for version in ("v108", "v110", "v112"):
+            path = self.folder / f"{version}.h5"
+            with h5py.File(path, "w", libver=version) as file:
+                for i, (shape, filter) in enumerate(itertools.product(shapes, filters)):
+                    file.create_dataset(f"t{i}", data=array, **shape, **filter)
+            found = self.read_back(path)
+            self.assertEqual(len(found), 16)
+            for name, read in found.items():
+                np.testing.assert_array_equal(read, array, f"{name} of {version}")
+        path = self.folder / "latest.h5"
+        with h5py.File(path, "w", libver="latest") as file:
+            file.create_dataset("t", data=array, chunks=(7, 9), compression="gzip")
+        result = smelt("inspect", path)
+        if h5py.version.hdf5_version_tuple >= (2, 0, 0) and result.returncode:
+            self.assertEqual(
+                (result.returncode, result.stderr),
+                (
+                    1,
+                    f'Error: {path}: tensor "t": is stored in a way that only libhdf5 2.0 and '
+                    'later read, as h5py writes it with libver="latest"; write it again with '
+                    'libver="v114", or without libver\n',
+                ),
+            )
+        else:
+            np.testing.assert_array_equal(self.read_back(path)["t"], array)
 
     def test_files_behind_a_user_block(self):
         random = np.random.default_rng(6)

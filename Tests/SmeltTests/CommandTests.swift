@@ -104,9 +104,42 @@ struct CommandTests {
   @Test func `an output without a known ending is refused`() throws {
     try Checkpoint.write([SmallTensor("a", [1], [1])], to: folder("a.safetensors"))
     let result = try smelt("convert", folder("a.safetensors"), folder("a.xyz"))
-    #expect(result.code == 1)
-    #expect(result.errors.contains("has no ending that names a format; end it in one of"))
+    #expect(result.code == 64)
+    #expect(
+      result.errors.hasPrefix(
+        "Error: The output's ending names no format: '\(folder("a.xyz"))'. End it in one of .safetensors, "
+      ))
     #expect(try folder.names == ["a.safetensors"])
+    // Of these the ending is looked at before anything else, too.
+    for command in [
+      ["unpack", "x", "-o", "y.pt"], ["collapse", "x", "-o", "y", "--expert", "z"],
+      ["calibrate", "x", "--activations", "z", "-o", "y.bin"],
+      ["activations", "x", "z", "-o", "y"],
+      ["upscale", "--base", "x", "--expert", "a=x", "-o", "y"],
+      ["upscale", "--base", "x", "--expert", "a=x", "-o", "y.h5", "--task-vectors", "z"],
+    ] {
+      let result = try smelt(command)
+      #expect(result.code == 64, "\(command)")
+      #expect(result.errors.hasPrefix("Error: The output's ending names no format: '"))
+    }
+  }
+
+  @Test(arguments: ["b.safetensors", "b.h5", "b.npz", "b.safetensors.zst", "b/"])
+  func `an output that takes another's place keeps its permissions`(name: String) throws {
+    try Checkpoint.write([SmallTensor("a", [1], [1])], to: folder("a.safetensors"))
+    func mode() throws -> Int? {
+      try FileManager.default.attributesOfItem(atPath: folder(name))[.posixPermissions] as? Int
+    }
+    let new = try smelt("convert", folder("a.safetensors"), folder(name))
+    #expect(new.code == 0)
+    #expect(try mode() == (name.hasSuffix("/") ? 0o755 : 0o644))
+    for permissions in [0o700, 0o600 | (name.hasSuffix("/") ? 0o100 : 0o064)] {
+      try FileManager.default.setAttributes(
+        [.posixPermissions: permissions], ofItemAtPath: folder(name))
+      let force = name.hasSuffix("/") ? ["--force"] : []
+      #expect(try smelt(["convert", folder("a.safetensors"), folder(name)] + force).code == 0)
+      #expect(try mode() == permissions)
+    }
   }
 
   @Test func `an output that is an input is refused, also through a link`() throws {
@@ -164,6 +197,56 @@ struct IdentityCommandTests {
         "data: tensor \"b\" is not what was written: its checksum differs\n"
           + "a file that was changed on purpose has to be saved without \"checksums\" in its metadata\n"
       ))
+  }
+
+  @Test func `a header of other tensors fails to verify, and is converted with a warning`() throws {
+    let path = folder("one.safetensors")
+    var bytes = try Data(contentsOf: URL(filePath: path))
+    let name = try #require(bytes.firstRange(of: Data("\"b\"".utf8)))
+    bytes[name.lowerBound + 1] = UInt8(ascii: "c")
+    try bytes.write(to: URL(filePath: path))
+    let result = try smelt("verify", path, "--data")
+    #expect(result.code == 1)
+    #expect(
+      result.output.hasSuffix(
+        """
+        data: the names, types or shapes in \(path) are not those that its checksums were recorded for: its header is damaged, or another program saved it with other tensors and has to save it without "checksums" in its metadata
+        data: 0 of 2 tensors have the checksum they were written with
+        not checked: 2 tensors have no recorded checksum; their data can be read
+
+        """))
+    let converted = try smelt("convert", path, folder("copy.h5"))
+    #expect(converted.code == 0)
+    #expect(
+      converted.errors
+        == "smelt: \(path): its recorded checksums are of tensors of other names, types or shapes and are not compared; 'smelt verify --data' says what to do\n"
+    )
+  }
+
+  @Test func `a tensor that cannot be read is listed and the others are compared`() throws {
+    let bundle = folder("two.safetensors.zst")
+    #expect(try smelt("pack", folder("one.safetensors"), bundle).code == 0)
+    var packed = try Data(contentsOf: URL(filePath: bundle))
+    // The header's frame comes first, then the tensors'.
+    let frames = packed.ranges(of: Data([0x28, 0xB5, 0x2F, 0xFD]))
+    packed[frames[1].lowerBound + 6] ^= 1
+    try packed.write(to: URL(filePath: bundle))
+    let cause = "\(bundle): tensor \"a\": has a damaged frame; the bundle is damaged: get it again"
+    let result = try smelt("verify", bundle, "--data", "--against", folder("one.safetensors"))
+    #expect(result.code == 1)
+    #expect(
+      result.output.hasSuffix(
+        """
+        data: tensor "a" cannot be read: \(cause)
+        data: 1 of 2 tensors have the checksum they were written with
+        not compared with \(folder("one.safetensors")): \(cause)
+
+        """))
+    let difference = try smelt("diff", bundle, folder("one.safetensors"))
+    #expect(difference.code == 1)
+    #expect(
+      difference.output
+        == "not compared: \(cause)\n1 of 2 common tensors are the same, bit for bit\n")
   }
 
   @Test func `the same tensors in another format are the same`() throws {

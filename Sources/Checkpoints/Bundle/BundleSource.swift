@@ -125,7 +125,9 @@ public final class BundleSource: TensorSource {
   /// Decodes every tensor and compares it with its checksum.
   public func verify(workers: Int = 2) throws {
     try forEachVerifiedPiece(of: manifest.tensors, workers: workers) { _, _, _ in
-    } failed: { (tensor, _, error) throws(CheckpointError) in try refuse(tensor, error) }
+    } failed: { (tensor, _, error) throws(CheckpointError) in
+      try refuse(tensor, error)
+    }
   }
 
   /// A tensor whose frames, or those of what it is a difference from, are damaged cannot be read.

@@ -55,8 +55,8 @@ private func likeness(ofText beginning: [UInt8]) -> (kind: String, remedy: Strin
       "the download got a server's message instead of the file: read it, it says why"
     )
   }
-  if text.hasPrefix("{"), bytes.dropFirst().first(where: { !isWhiteSpace($0) }) == UInt8(ascii: "\"")
-  {
+  let second = bytes.dropFirst().first { !isWhiteSpace($0) }
+  if text.hasPrefix("{"), second == UInt8(ascii: "\"") {
     return (
       "JSON text",
       "name the file with the tensors; if this should be it, the download got a server's message instead: read it"

@@ -77,7 +77,7 @@ enum HDF5Library {
     }
     if messages.contains(where: { $0.contains("bad version number for layout message") }) {
       return HDF5Failure(
-        "is stored in a way that only libhdf5 2.0 and later read, as h5py's libver=\"latest\" does",
+        "is stored in a way that only libhdf5 2.0 and later read, as h5py writes it with libver=\"latest\"",
         remedy: "write it again with libver=\"v114\", or without libver")
     }
     // Behind the first colon the library tells of its own buffers and clocks.

@@ -143,9 +143,8 @@ extension Safetensors.Layout {
       }
       let start = scanner.position
       let value = try scanner.string("in __metadata__")
-      if key == ChecksumText.key,
-        let text = ChecksumText(scanner.bytes(from: start).dropFirst().dropLast(), at: 8 + start + 1)
-      {
+      let characters = scanner.bytes(from: start).dropFirst().dropLast()
+      if key == ChecksumText.key, let text = ChecksumText(characters, at: 8 + start + 1) {
         checksums = text
       } else {
         metadata[key] = value
