@@ -51,6 +51,10 @@ extension Checkpoint {
     let pairs = first.manifest.tensors.compactMap { tensor in
       second.manifest[tensor.name].map { (tensor, $0) }
     }
+    // A base that is missing, or another one, is not of one tensor.
+    for source in [first, second] {
+      try (source as? BundleSource)?.proveBase(workers: workers)
+    }
     // A step is a piece of a pair that can be compared: of one shape, and either of one type
     // or of types that are numbers.
     let compared = pairs.indices.filter { pair in
