@@ -20,8 +20,10 @@ enum ZstdFrame {
 
   /// How a frame's content is compressed.
   enum Mode: Sendable, CaseIterable {
-    /// Not at all.
+    /// Not at all, unless a frame by itself gains from Huffman codes.
     case stored
+    /// Not at all: its size is known before its content is.
+    case fixed
     /// By Huffman codes alone: right for bytes that repeat in frequency but never in sequence.
     case literals
     /// By Huffman codes alone, new ones every 32 KiB: right for bytes that are sorted by something
