@@ -160,7 +160,7 @@ struct Checksum: ~Copyable {
   func update(_ bytes: RawSpan) { bytes.withUnsafeBytes { update($0) } }
 
   func update(_ bytes: UnsafeRawBufferPointer) {
-    XXH3_64bits_update(state, bytes.baseAddress, bytes.count)
+    smelt_xxh3_update(state, bytes.baseAddress, bytes.count)
   }
 
   var value: UInt64 { XXH3_64bits_digest(state) }
