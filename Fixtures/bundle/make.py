@@ -59,6 +59,27 @@ few = np.where(random.random((64, 32)) < 0.1, tensors["experts.1.weight"], tenso
 save_file({"w.0": tensors["experts.0.weight"], "w.1": few}, HERE / "good-thin.safetensors")
 subprocess.run([os.environ["SMELT"], "pack", HERE / "good-thin.safetensors", HERE / "good-thin.safetensors.zst"], check=True)
 
+# A family in which each model is nearest to the one before it, and what is packed against a model that stays outside.
+row = [tensors["experts.0.weight"].astype(np.float32)]
+for step in range(3):
+    row.append(row[-1] + normal(64, 32) * np.float32(0.005))
+row.append(np.where(random.random((64, 32)) < 0.05, row[0], row[-1]))
+models = {}
+for name, weight in zip(["base", "one", "two", "three", "four"], row):
+    models[name] = HERE / f"{name}.safetensors"
+    save_file({"w": weight.astype(ml_dtypes.bfloat16), "ids": np.arange(5)}, models[name])
+family, outside = HERE / "good-family.safetensors.zst", HERE / "good-outside.safetensors.zst"
+base, *others = models.items()
+subprocess.run(
+    [os.environ["SMELT"], "pack", "--base", base[1], *(f"{name}={path}" for name, path in others), family], check=True
+)
+subprocess.run([os.environ["SMELT"], "unpack", family, "-o", family.with_suffix("")], check=True)
+near = {name: (tensor.astype(np.float32) * 1.001).astype(tensor.dtype) for name, tensor in tensors.items()}
+save_file(near, outside.with_suffix(""))
+subprocess.run([os.environ["SMELT"], "pack", outside.with_suffix(""), outside, "--against", HERE / "good.safetensors"], check=True)
+for path in models.values():
+    path.unlink()
+
 whole = good.read_bytes()
 flipped = bytearray(whole)
 flipped[len(whole) // 2] ^= 1

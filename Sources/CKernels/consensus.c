@@ -21,9 +21,10 @@ INLINE void load(const float *values, size_t bytes, vector *target) {
   }
 }
 
-INLINE void store(vector values, size_t bytes, float *target) {
-  if (bytes == sizeof(vector)) *(lanes *)target = values;
-  else memcpy(target, &values, bytes);
+// By address: a vector wider than the plain target's registers has no agreed way to be passed.
+INLINE void store(const vector *values, size_t bytes, float *target) {
+  if (bytes == sizeof(vector)) *(lanes *)target = *values;
+  else memcpy(target, values, bytes);
 }
 
 INLINE void elect_some(const float *rows, size_t stride, size_t order, const float *weights,
@@ -44,8 +45,8 @@ INLINE void elect_some(const float *rows, size_t stride, size_t order, const flo
     sum += WHERE(agrees, product);
     weight += WHERE(agrees, (vector)weights[row]);
   }
-  store(sum, bytes, sums);
-  if (agreed) store(weight, bytes, agreed);
+  store(&sum, bytes, sums);
+  if (agreed) store(&weight, bytes, agreed);
 }
 
 INLINE void weigh_some(const float *rows, size_t stride, size_t order, const float *weights,
@@ -56,7 +57,7 @@ INLINE void weigh_some(const float *rows, size_t stride, size_t order, const flo
     load(rows + row * stride, bytes, &value);
     sum += value * weights[row];
   }
-  store(sum, bytes, sums);
+  store(&sum, bytes, sums);
 }
 
 // Whole vectors have a length that the compiler knows; only the last may be shorter.

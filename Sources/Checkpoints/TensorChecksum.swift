@@ -255,7 +255,7 @@ private struct BlockHash: @unchecked Sendable {
     count += bytes.count
     guard let base = bytes.baseAddress else { return }
     switch handle.algorithm {
-    case .xxh3: XXH3_64bits_update(handle.state, base, bytes.count)
+    case .xxh3: smelt_xxh3_update(handle.state, base, bytes.count)
     case .sha256: EVP_DigestUpdate(handle.state, base, bytes.count)
     }
   }
@@ -274,5 +274,5 @@ private struct BlockHash: @unchecked Sendable {
 
 /// The 64-bit XXH3 hash of some bytes: finds accidents, not intent.
 public func xxh3(_ bytes: RawSpan) -> UInt64 {
-  bytes.withUnsafeBytes { XXH3_64bits($0.baseAddress, $0.count) }
+  bytes.withUnsafeBytes { smelt_xxh3($0.baseAddress, $0.count) }
 }

@@ -57,8 +57,16 @@ struct Convert: ParsableCommand {
   func run() throws {
     let source = try Checkpoint.open(input)
     source.warnings.forEach(note)
+    noteLoss(of: source)
     let view = try self.view(of: source)
     let output = writing.path(output)
+    if let family = (source as? BundleSource)?.family,
+      !(view is BundleSource && output.hasSuffix(".zst"))
+    {
+      note(
+        "the \(family.count) models of \(input) become one checkpoint, its tensors named MODEL/TENSOR; \(input)/\(family[0].name) is one model alone"
+      )
+    }
     try refuse(writing: output, overInputs: [input])
     var options = writing.options(sideFilesOf: input)
     if output.hasSuffix("/") {

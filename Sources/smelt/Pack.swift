@@ -76,6 +76,7 @@ struct Pack: ParsableCommand {
         memory: resources.memory.bytes, synced: durability.isSynced)
     }
     try say(sources.map { $0.source })
+    if lossy != nil { try sayLoss() }
   }
 
   /// What goes into the bundle; a checkpoint alone has no name.
@@ -88,6 +89,7 @@ struct Pack: ParsableCommand {
   private func open(_ path: String) throws -> any TensorSource {
     let source = try Checkpoint.open(path)
     source.warnings.forEach(note)
+    noteLoss(of: source)
     return source
   }
 
@@ -104,6 +106,35 @@ struct Pack: ParsableCommand {
     let many = sources.count == 1 ? "" : " in \(sources.count) models"
     print("\(output): \(ByteSize(bytes: packed)), \(share) % of \(ByteSize(bytes: size))\(many)")
   }
+}
+
+// MARK: - Loss
+
+extension Pack {
+  /// Says what became of the wish to store tensors inexactly.
+  private func sayLoss() throws {
+    let bundle = try Bundle.source(at: output, against: against.map { try Checkpoint.open($0) })
+    let tensors = bundle.manifest.tensors
+    let errors = tensors.compactMap { bundle.error(of: $0) }
+    guard let largest = errors.max() else {
+      return note(
+        "no tensor could be stored so: all are exact; --lossy is for floating-point matrices, and lowrank for ranks at which the thin matrices take less"
+      )
+    }
+    print(
+      "\(errors.count) of \(tensors.count) tensors are inexact, by at most \(decimal(largest, 5)) of their norm"
+    )
+  }
+}
+
+/// Says that a bundle's tensors are not what was packed, where what is written from them cannot.
+func noteLoss(of source: any TensorSource) {
+  guard let bundle = source as? BundleSource else { return }
+  let errors = source.manifest.tensors.compactMap { bundle.error(of: $0) }
+  guard let largest = errors.max() else { return }
+  note(
+    "\(source.path) holds \(errors.count) tensors that were packed inexactly, by at most \(decimal(largest, 5)) of their norm; what is written has these values and does not say so"
+  )
 }
 
 extension Bundle.Lossy {

@@ -47,6 +47,58 @@ typealias Bundle = Checkpoints.Bundle
     #expect(Set(codecs).isSuperset(of: ["d sparse", "experts.1.w ulp"]))
   }
 
+  /// They are hashed while they are coded: with the checksums that small ones get beforehand, and
+  /// damage in the model or in the base outside is found.
+  @Test(arguments: [1, 3])
+  func `large tensors are read once`(workers: Int) throws {
+    let (first, second) = neighbours(1_100_000)
+    func write(_ name: String, _ samples: [Sample]) throws -> any TensorSource {
+      let sink = try Checkpoint.create(folder(name), Manifest(samples.map { $0.tensor }))
+      for sample in samples {
+        try sink.write(sample.bytes.span.bytes, of: sample.tensor, at: 0)
+      }
+      try sink.finish()
+      return try Checkpoint.open(folder(name))
+    }
+    let base = try write("base.safetensors", [Sample("w", .bf16, [1_100_000], first.bytes)])
+    let samples = [
+      Sample("w", .bf16, [1_100_000], second.bytes),
+      .noise("x", .u8, [2_500_000], seed: 3), .noise("y", .u8, [2_500_000], seed: 3),
+      .weights("z", .f32, [700_000], seed: 4),
+    ]
+    let source = try write("in.safetensors", samples)
+    let path = folder("b.safetensors.zst")
+    try Bundle.pack(source, against: base, to: path, workers: workers)
+    try expectUnpacks(path, as: source, base: base)
+    let recipe = try BundleSource(path, base: base).recipe
+    for entry in recipe.models[0].tensors {
+      let bytes = try source.bytes(of: entry.tensor)
+      #expect(entry.checksum == xxh3(bytes.span.bytes))
+    }
+    #expect(
+      recipe.models[0].tensors.map { "\($0.tensor.name) \($0.codec) \($0.parts)" }
+        == ["z planes []", "w ulp []", "x raw []", "y raw [\"x\"]"])
+    #expect(
+      recipe.models[0].tensors[1].reference == .base("w", checksum: xxh3(first.bytes.span.bytes)))
+
+    for name in ["in.safetensors", "base.safetensors"] {
+      let whole = try Data(contentsOf: URL(filePath: folder(name)))
+      var damaged = whole
+      damaged[whole.count - 1] ^= 1
+      try damaged.write(to: URL(filePath: folder(name)))
+      let error = try #require(throws: CheckpointError.self) {
+        try Bundle.pack(
+          Checkpoint.open(folder("in.safetensors")),
+          against: Checkpoint.open(folder("base.safetensors")), to: folder("c.safetensors.zst"),
+          workers: workers)
+      }
+      #expect(error.file == folder(name) && error.tensor == (name == "in.safetensors" ? "y" : "w"))
+      #expect(error.problem == "is not what was written: its checksum differs")
+      try whole.write(to: URL(filePath: folder(name)))
+    }
+    #expect(try folder.names.contains { $0.contains("c.safetensors") } == false)
+  }
+
   @Test func `takes its tensors in any order as well`() throws {
     let samples = everyKind()
     let path = folder("b.safetensors.zst")

@@ -49,8 +49,8 @@ def sorted_steps(elements, reference):
 
 
 class Bundle:
-    def __init__(self):
-        self.models, self.parts = {}, {}
+    def __init__(self, version=1):
+        self.version, self.models, self.parts = version, {}, {}
 
     def entry(self, model, name, dtype, array, codec, **more):
         text = f"{xxh3(array.tobytes()):016x}"
@@ -81,15 +81,21 @@ class Bundle:
         self.part(name, "U8", [bits.itemsize, bits.size], split(bits.ravel() ^ reference.ravel(), 0))
 
     def sparse(self, model, name, dtype, bits):
-        name = self.entry(model, name, dtype, bits, "sparse", rotation=3)
+        self.gaps(self.entry(model, name, dtype, bits, "sparse", rotation=3), bits.ravel(), 3)
+
+    def sparse_steps(self, model, name, dtype, bits, reference, other):
+        name = self.entry(model, name, dtype, bits, "sparseulp", reference=other, rotation=0)
+        self.gaps(name, sorted_steps(bits.ravel(), reference.ravel()), 0)
+
+    def gaps(self, name, bits, rotation):
         gaps, values = [], [[] for _ in range(bits.itemsize)]
         for begin in range(0, bits.size, BLOCK):
-            block = bits.ravel()[begin : begin + BLOCK]
+            block = bits[begin : begin + BLOCK]
             places, octets = np.flatnonzero(block), bytearray()
             for zeros in np.diff(places, prepend=-1) - 1:
                 octets += b"\xfe" * (zeros // 254) + bytes([zeros % 254])
             gaps.append(bytes(octets) + b"\xff")
-            for plane, frame in zip(values, split(block[places], 3)):
+            for plane, frame in zip(values, split(block[places], rotation)):
                 plane.append(frame)
         self.part(f"{name}#gaps", "U8", [sum(map(len, gaps))], [gaps])
         self.part(f"{name}#values", "U8", [bits.itemsize, sum(map(len, values[0]))], values)
@@ -108,7 +114,7 @@ class Bundle:
 
     def write(self, path):
         models = [{"name": name, "tensors": tensors} for name, tensors in self.models.items()]
-        header = {"__metadata__": {"bundle": json.dumps({"version": 1, "models": models})}}
+        header = {"__metadata__": {"bundle": json.dumps({"version": self.version, "models": models})}}
         contents, end = [], 0
         for name, (dtype, shape, frames) in self.parts.items():
             begin, end = end, end + sum(map(len, frames))

@@ -74,6 +74,31 @@ struct BundleCommandTests {
     _ = try run("verify", "--data", folder("all.safetensors"), "--against", family)
   }
 
+  @Test func `what is inexact is said`() throws {
+    let (lossy, again) = (folder("lossy.safetensors.zst"), folder("again.safetensors.zst"))
+    let summary = try run("pack", "--lossy", "int8", digits("upright"), lossy)
+    #expect(
+      summary.contains(/\d+ of 71 tensors are inexact, by at most 0\.0\d+ of their norm/),
+      "\(summary)")
+    for result in [
+      try smelt("pack", lossy, again), try smelt("convert", lossy, folder("again.h5")),
+    ] {
+      #expect(result.errors.contains("tensors that were packed inexactly"), "\(result.errors)")
+    }
+    let exact = try smelt("pack", "--lossy", "lowrank:1024", digits("upright"), again)
+    #expect(exact.code == 0 && exact.errors.contains("no tensor could be stored so"))
+  }
+
+  @Test func `a family that becomes one checkpoint is said to`() throws {
+    let (family, other) = (folder("family.safetensors.zst"), folder("other.safetensors.zst"))
+    _ = try run("pack", "--base", digits("base"), "one=\(digits("upright"))", family)
+    let kept = try smelt("convert", family, other)
+    #expect(kept.code == 0 && kept.errors.isEmpty, "\(kept.errors)")
+    _ = try run("verify", "\(other)/one", "--against", digits("upright"))
+    let flat = try smelt("convert", family, other, "--include", "*")
+    #expect(flat.errors.contains("the 2 models of \(family) become one checkpoint"))
+  }
+
   @Test func `an expert is kept as its difference from the nearest one before it`() throws {
     // Two kinds of models: each is near to the one before it, and the third not to the first.
     var generator = SeededGenerator(seed: 7)

@@ -13,6 +13,7 @@ final class BlockCoder {
   private lazy var scratch = PinnedBytes(count: Steps.scratch)
   /// How the block that was read last becomes planes, and the length of its gaps.
   private var split = Split()
+  private let hashes: TensorHashes
 
   private struct Split {
     var width = 1
@@ -24,8 +25,11 @@ final class BlockCoder {
     var gaps = 0
   }
 
-  /// - Parameter width: bytes of the widest elements that will come.
-  init(width: Int) {
+  /// - Parameters:
+  ///   - width: bytes of the widest elements that will come.
+  ///   - hashes: takes note of tensors' bytes when those of their first streams are read.
+  init(width: Int, hashes: TensorHashes) {
+    self.hashes = hashes
     elements = PinnedBytes(count: width * Codec.blockCount)
     other = PinnedBytes(count: width * Codec.blockCount)
     codes = PinnedBytes(count: width * Codec.blockCount)
@@ -37,17 +41,24 @@ final class BlockCoder {
   }
 
   /// Reads what frames `index` of the tensor's streams are made from.
-  func read(_ index: Int, of planned: Packing.Planned) throws(CheckpointError) {
+  /// - Parameter position: the tensor's, if this is for its first stream.
+  func read(_ index: Int, of planned: Packing.Planned, noting position: Int?)
+    throws(CheckpointError)
+  {
     let (tensor, codec) = (planned.tensor, planned.choice.codec)
     // These two are read frame by frame instead.
     guard codec != .raw, !codec.isQuantised else { return }
     let width = tensor.dtype.byteWidth
     let begin = index * Codec.blockCount
     let count = min(Codec.blockCount, tensor.elementCount - begin)
-    try planned.source.read(tensor, at: begin * width, into: elements.part(0..<count * width))
+    let range = begin * width..<(begin + count) * width
+    try read(
+      range, of: tensor, planned.source, into: elements, noting: position.map { .own($0) })
     if let candidate = planned.difference?.candidate {
-      try candidate.source.read(
-        candidate.tensor, at: begin * width, into: other.part(0..<count * width))
+      let position = candidate.isOutside ? position : nil
+      try read(
+        range, of: candidate.tensor, candidate.source, into: other,
+        noting: position.map { .base($0) })
     }
     split = Split(width: width, count: count)
     switch codec {
@@ -84,17 +95,33 @@ final class BlockCoder {
     }
   }
 
+  /// Reads bytes of a tensor, in pieces that are at hand still when they are hashed.
+  private func read(
+    _ range: Range<Int>, of tensor: TensorInfo, _ source: any TensorSource, into bytes: PinnedBytes,
+    noting key: TensorHashes.Key?
+  ) throws(CheckpointError) {
+    let size = key == nil ? max(1, range.count) : Packing.hashedPiece
+    for begin in stride(from: 0, to: range.count, by: size) {
+      let piece = bytes.part(begin..<min(begin + size, range.count))
+      try source.read(tensor, at: range.lowerBound + begin, into: piece)
+      if let key {
+        try hashes.add(UnsafeRawBufferPointer(piece), of: key, at: range.lowerBound + begin)
+      }
+    }
+  }
+
   /// What frame `index` of a stream holds: of the block that was read last, unless the stream is
   /// not cut by block.
   /// - Parameter size: what the frame should hold; another size comes back only if the tensor
-  ///   has changed.
-  func stream(_ stream: Int, _ index: Int, of planned: Packing.Planned, _ size: Int)
-    throws(CheckpointError) -> UnsafeRawBufferPointer
-  {
+  ///   at `position` has changed.
+  func stream(
+    _ stream: Int, _ index: Int, of planned: Packing.Planned, at position: Int, _ size: Int
+  ) throws(CheckpointError) -> UnsafeRawBufferPointer {
     let codec = planned.choice.codec
     if codec == .raw {
-      try planned.source.read(
-        planned.tensor, at: index * ZstdFrame.contentSize, into: content.part(0..<size))
+      let begin = index * ZstdFrame.contentSize
+      try planned.source.read(planned.tensor, at: begin, into: content.part(0..<size))
+      try hashes.add(content.first(size), of: .own(position), at: begin)
       return content.first(size)
     }
     if codec.isQuantised {

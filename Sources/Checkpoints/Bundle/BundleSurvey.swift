@@ -1,8 +1,10 @@
 extension Bundle {
   /// What a first look at a tensor has found.
   struct Finding: Sendable {
-    /// The checksum of what unpacking gives back.
-    var checksum: UInt64 = 0
+    /// The checksum of what unpacking gives back; nil until it is known.
+    var checksum: UInt64?
+    /// A hash of the sample, which tensors of the same bytes have in common.
+    var sample: UInt64 = 0
     /// The best coding of the tensor by itself.
     var own = Choice(codec: .raw, modes: [.stored], cost: 0)
     /// Codings as a difference from another tensor that take less, best first.
@@ -33,8 +35,10 @@ extension Bundle {
     let source: any TensorSource
     /// Its position among the tensors of the bundle, unless it is the base's.
     var position: Int?
-    /// The checksum of a base's tensor, once it is known to be of use.
-    var checksum: UInt64 = 0
+    /// The checksum of a base's tensor; nil until it is known.
+    var checksum: UInt64?
+
+    var isOutside: Bool { position == nil }
   }
 
   /// Looks at tensors before they are packed; a worker keeps one.
@@ -45,8 +49,8 @@ extension Bundle {
     private let octets = PinnedBytes(count: Gaps.largest(sampleCount * 8))
     private let values = PinnedBytes(count: sampleCount * 8)
     private let frame = PinnedBytes(count: ZstdFrame.largest)
-    /// What whole tensors are read through: small enough to stay in a core's own cache.
-    private let piece = PinnedBytes(count: pieceSize)
+    /// What whole tensors are read through.
+    private let piece = PinnedBytes(count: Packing.hashedPiece)
     private lazy var codes = PinnedBytes(count: Self.sampleCount * 8)
     private lazy var blockOther = PinnedBytes(count: 8 * Codec.blockCount)
     private lazy var blockCodes = PinnedBytes(count: 8 * Codec.blockCount)
@@ -61,11 +65,10 @@ extension Bundle {
     private static let smallestSampleCount = 1 << 13
     private static let samplePieces = 16
     private static let smallestRun = 1 << 11
-    private static let pieceSize = 1 << 18
 
     /// Bytes that the buffers take.
     static let memory =
-      5 * sampleCount * 8 + ZstdFrame.largest + pieceSize + 33 * Codec.blockCount
+      5 * sampleCount * 8 + ZstdFrame.largest + Packing.hashedPiece + 33 * Codec.blockCount
       + Steps.scratch + GroupReader.memory + FrameEncoder.memory
   }
 }
@@ -84,9 +87,10 @@ extension Bundle.Survey {
     }
     var finding = Bundle.Finding()
     let size = try readSample(of: tensor, source, into: sample)
+    finding.sample = xxh3(RawSpan(_unsafeBytes: sample.first(size)))
     finding.own.cost = .max
     var others = candidates[...]
-    if let base = others.first, base.position == nil {
+    if let base = others.first, base.isOutside {
       others.removeFirst()
       finding.differences = try differences(of: tensor, source, size, from: base)
     }
@@ -111,16 +115,7 @@ extension Bundle.Survey {
         of: tensor, source, size, from: candidate, toBeat: finding.own)
     }
     finding.differences.removeAll { !gains($0.choice, over: finding.own) }
-    if finding.differences.contains(where: { $0.candidate.position == nil }) {
-      let base = candidates[0]
-      let checksum = try base.source.checksum(of: base.tensor, through: piece)
-      for index in finding.differences.indices
-      where finding.differences[index].candidate.position == nil {
-        finding.differences[index].candidate.checksum = checksum
-      }
-    }
     finding.differences.sort { $0.choice.cost < $1.choice.cost }
-    finding.checksum = try source.checksum(of: tensor, through: piece)
     return finding
   }
 

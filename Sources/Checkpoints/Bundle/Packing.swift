@@ -3,10 +3,11 @@ struct Packing: Sendable {
   /// All that is read.
   let inputs: [any TensorSource]
   let path: String
+  let models: [(name: String, source: any TensorSource)]
   /// Where the factors of low-rank tensors wait.
   let factors: FactorFile?
   var tensors: [Planned] = []
-  /// All streams, in the order of the file.
+  /// All streams, in the order of the file; the first is the inner file's header.
   var streams: [Stream] = []
   /// For each stream the number of its first frame.
   var firstFrames: [Int] = []
@@ -73,6 +74,7 @@ struct Packing: Sendable {
     _ path: String, lossy: Bundle.Lossy?, workers: Int, memory: Int
   ) throws {
     self.path = path
+    self.models = models
     factors = if case .lowRank = lossy { try FactorFile(for: path) } else { nil }
     inputs = models.map { $0.source } + (base.map { [$0] } ?? [])
     for (name, source) in models {
@@ -82,7 +84,8 @@ struct Packing: Sendable {
       }
     }
     try survey(against: base, lossy, workers: surveyors(lossy, workers, memory))
+    try hash(workers: workers)
     try settle()
-    try layOut(models)
+    try layOut()
   }
 }

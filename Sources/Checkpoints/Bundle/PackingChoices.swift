@@ -49,10 +49,11 @@ extension Packing {
       let finding = tensors[index].finding
       let tensor = tensors[index].tensor
       let lossy = finding.own.codec.isLossy ? finding.own.codec : nil
-      func key(_ shape: [Int]?) -> Likeness {
-        Likeness(dtype: tensor.dtype, shape: shape, checksum: finding.checksum, lossy: lossy)
+      // Where no checksum is known yet, no other tensor has these bytes.
+      let alike = finding.checksum.map { checksum in
+        { Likeness(dtype: tensor.dtype, shape: $0, checksum: checksum, lossy: lossy) }
       }
-      if tensor.byteCount > 0, let twin = seen[key(tensor.shape)] ?? seen[key(nil)],
+      if tensor.byteCount > 0, let alike, let twin = seen[alike(tensor.shape)] ?? seen[alike(nil)],
         // A checksum of 64 bits may collide.
         try isSame(index, twin)
       {
@@ -63,8 +64,9 @@ extension Packing {
         tensors[index].difference = difference
         tensors[index].depth = depth
       }
-      seen[key(tensor.shape)] = seen[key(tensor.shape)] ?? index
-      if lossy == nil, tensors[index].choice.codec != .raw { seen[key(nil)] = index }
+      guard let alike else { continue }
+      seen[alike(tensor.shape)] = seen[alike(tensor.shape)] ?? index
+      if lossy == nil, tensors[index].choice.codec != .raw { seen[alike(nil)] = index }
     }
   }
 

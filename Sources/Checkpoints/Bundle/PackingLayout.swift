@@ -1,6 +1,6 @@
 extension Packing {
   /// Names the parts, writes the recipe and puts the streams into the order of the file.
-  mutating func layOut(_ models: [(name: String, source: any TensorSource)]) throws {
+  mutating func layOut() throws {
     var recipe = Bundle.Recipe(models: [])
     let needsSecond = tensors.contains {
       $0.depth > Bundle.largestDepth(inVersion: 1) || $0.choice.codec == .sparseULP
@@ -51,8 +51,10 @@ extension Packing {
     }
     let inner = try Safetensors.Layout(
       writing: Manifest(parts, metadata: ["bundle": recipe.json]), path: path)
-    streams = [Stream(.bytes(inner.prefix), .text, length: inner.prefix.count)]
+    let mode: ZstdFrame.Mode = hashesWhileCoding ? .fixed : .text
+    streams = [Stream(.bytes(inner.prefix), mode, length: inner.prefix.count)]
     for part in inner.manifest.tensors { streams += streamsOfPart[ExactName(part.name)]! }
+    (firstFrames, frames) = ([], [])
     for (index, stream) in streams.enumerated() {
       firstFrames.append(frames.count)
       for (place, size) in stream.sizes.enumerated() { frames.append((index, place, size)) }
@@ -93,14 +95,14 @@ extension Packing {
     let coded = tensors[planned.twin ?? index]
     let defaults = coded.choice.codec.suffixes.map { planned.fullName + $0 }
     var entry = Bundle.Recipe.Entry(
-      tensor: tensor, codec: coded.choice.codec, checksum: planned.finding.checksum,
+      tensor: tensor, codec: coded.choice.codec, checksum: planned.finding.checksum ?? 0,
       parts: parts == defaults ? [] : parts, group: coded.finding.group,
       error: coded.finding.error.map { "\($0)" })
     if coded.choice.rotation != 1 { entry.rotation = coded.choice.rotation }
     if let candidate = coded.difference?.candidate {
       entry.reference =
         candidate.position.map { .inside(tensors[$0].fullName) }
-        ?? .base(candidate.tensor.name, checksum: candidate.checksum)
+        ?? .base(candidate.tensor.name, checksum: candidate.checksum ?? 0)
     }
     return entry
   }

@@ -9,13 +9,15 @@ extension Packing {
     let file = try pending.open()
     let behind = isSynced ? WriteBehind() : nil
     let table = GrowingTable()
+    let hashes = TensorHashes(of: self)
+    let writing = Monitor()
     let turnstile = Turnstile()
     let early = EarlyFrames()
     let followers = followers(waiting)
     let isFollower = Set(followers.joined())
     do {
       try forEachStep(count: frames.count, workers: workers) {
-        FrameMaker(width: widest)
+        FrameMaker(width: widest, hashes: hashes)
       } body: { step, maker in
         do {
           let (stream, place, _) = frames[step]
@@ -32,14 +34,21 @@ extension Packing {
             return (frame: frame, offset: table.append(frame))
           }
           guard let (frame, offset) = passed else { return }
-          try file.write(frame.bytes.first(frame.size), at: offset)
+          // The file lets one writer in at a time, and a thread that waits there spins.
+          do {
+            writing.lock()
+            defer { writing.unlock() }
+            try file.write(frame.bytes.first(frame.size), at: offset)
+          }
           behind?.add(offset..<offset + frame.size, of: file)
           early.giveBack(frame)
         } catch {
+          hashes.close()
           turnstile.close()
           throw error
         }
       }
+      if hashesWhileCoding { try rewriteHeader(hashes, table, in: file) }
       try file.write(table.ending.span.bytes, at: table.end)
     } catch let error as CheckpointError where error.file == pending.temporaryPath {
       throw CheckpointError(
@@ -86,6 +95,25 @@ extension Packing {
     return followers
   }
 
+  /// Writes the header again, now that the checksums in it are known.
+  private func rewriteHeader(_ hashes: TensorHashes, _ table: GrowingTable, in file: borrowing File)
+    throws
+  {
+    var known = self
+    known.take(hashes)
+    try known.layOut()
+    guard case .bytes(let header) = known.streams[0].content,
+      known.streams[0].sizes == streams[0].sizes
+    else { preconditionFailure("a checksum has as many digits as any other") }
+    let maker = FrameMaker(width: widest, hashes: hashes)
+    for (step, size) in streams[0].sizes.enumerated() {
+      let frame = Frame()
+      let begin = step * ZstdFrame.contentSize
+      header[begin..<begin + size].withUnsafeBytes { maker.encode($0, .fixed, into: frame) }
+      try file.write(frame.bytes.first(frame.size), at: table.replace(step, by: frame))
+    }
+  }
+
   /// Makes the frame of a step.
   /// - Parameter isFirst: whether no other stream's frame has been made from the same block
   ///   just before.
@@ -106,8 +134,10 @@ extension Packing {
       maker.encode(UnsafeRawBufferPointer(content), stream.mode, into: frame)
     case .coded(let position, let number):
       let planned = tensors[position]
-      if isFirst { try maker.coder.read(place, of: planned) }
-      let content = try maker.coder.stream(number, place, of: planned, size)
+      if isFirst {
+        try maker.coder.read(place, of: planned, noting: number == 0 ? position : nil)
+      }
+      let content = try maker.coder.stream(number, place, of: planned, at: position, size)
       guard content.count == size else {
         throw CheckpointError(
           file: planned.source.path, tensor: planned.tensor.name,
@@ -137,7 +167,7 @@ private final class FrameMaker {
   private static let probePieces = 8
   private static let probePieceSize = 8 << 10
 
-  init(width: Int) { coder = BlockCoder(width: width) }
+  init(width: Int, hashes: TensorHashes) { coder = BlockCoder(width: width, hashes: hashes) }
 
   /// Bytes that it takes, with a frame in hand.
   static func memory(width: Int, isQuantised: Bool) -> Int {
@@ -197,6 +227,14 @@ private final class GrowingTable: @unchecked Sendable {
     table.append(frame: frame.size, content: frame.contentSize)
     checksums.append(frame.checksum)
     return table[table.count - 1].lowerBound
+  }
+
+  /// Takes another frame of the same size for one of the table's.
+  /// - Returns: where it goes.
+  func replace(_ index: Int, by frame: Frame) -> Int {
+    precondition(table[index].count == frame.size)
+    checksums[index] = frame.checksum
+    return table[index].lowerBound
   }
 
   var end: Int { table.starts.last! }

@@ -106,7 +106,10 @@ struct FrameChecksums: Sendable {
     return UInt32(truncatingIfNeeded: checksum.value)
   }
 
-  subscript(frame: Int) -> UInt32 { values[frame] }
+  subscript(frame: Int) -> UInt32 {
+    get { values[frame] }
+    set { values[frame] = newValue }
+  }
 
   mutating func append(_ checksum: UInt32) { values.append(checksum) }
 

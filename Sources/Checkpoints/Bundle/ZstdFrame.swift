@@ -20,8 +20,10 @@ enum ZstdFrame {
 
   /// How a frame's content is compressed.
   enum Mode: Sendable, CaseIterable {
-    /// Not at all.
+    /// Not at all, unless a frame by itself gains from Huffman codes.
     case stored
+    /// Not at all: its size is known before its content is.
+    case fixed
     /// By Huffman codes alone: right for bytes that repeat in frequency but never in sequence.
     case literals
     /// By Huffman codes alone, new ones every 32 KiB: right for bytes that are sorted by something
@@ -158,7 +160,7 @@ struct Checksum: ~Copyable {
   func update(_ bytes: RawSpan) { bytes.withUnsafeBytes { update($0) } }
 
   func update(_ bytes: UnsafeRawBufferPointer) {
-    XXH3_64bits_update(state, bytes.baseAddress, bytes.count)
+    smelt_xxh3_update(state, bytes.baseAddress, bytes.count)
   }
 
   var value: UInt64 { XXH3_64bits_digest(state) }
