@@ -190,6 +190,10 @@ public struct WritingOptions: Sendable {
   /// Whether the output is on the disk before it has its name. If not, the system writes it when
   /// it likes, as after `cp`: a machine that stops meanwhile can leave the name with less than all.
   public var isSynced = true
+  /// Bytes that buffers may take where the data waits to be packed or is, and how many workers
+  /// pack it: for bundles.
+  public var memory = 1 << 30
+  public var workers = 2
 
   public init(layout: HDF5.Layout = .flat, compression: HDF5.Compression? = nil) {
     self.layout = layout

@@ -49,7 +49,7 @@ struct RecordActivations: ParsableCommand {
     options.finalStates = finalStates
     let recording = try ActivationRecording(of: pass, over: samples, options)
     try refuse(writing: output, overInputs: [model, inputs])
-    let sink = try Checkpoint.create(output, recording.manifest)
+    let sink = try Checkpoint.create(output, recording.manifest, resources.options)
     try recording.run(into: sink, memory: resources.memory.bytes, workers: resources.jobs)
     try sink.finish()
     print(

@@ -106,7 +106,7 @@ struct Calibrate: ParsableCommand {
     let calibration = try MixtureCalibration(
       of: Mixture(source), with: try progress ?? Checkpoint.open(activations!), options)
     for remark in calibration.remarks { note(remark) }
-    let sink = try Checkpoint.create(output, calibration.manifest)
+    let sink = try Checkpoint.create(output, calibration.manifest, resources.options)
     // Progressively, a layer begins when the one before it is done; its samples share the workers.
     let reports = try calibration.run(
       into: progress?.observing(sink) ?? sink, memory: resources.memory.bytes,

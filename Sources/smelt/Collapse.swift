@@ -60,7 +60,7 @@ struct CollapseCommand: ParsableCommand {
           columns: ["module"] + opened.description.experts, rows: rows,
           rightAligned: Set(1...opened.description.experts.count)))
     }
-    let sink = try Checkpoint.create(output, collapse.manifest)
+    let sink = try Checkpoint.create(output, collapse.manifest, resources.options)
     try collapse.run(into: sink, memory: resources.memory.bytes, workers: resources.jobs)
     try opened.source.checkUnchanged()
     try sink.finish()

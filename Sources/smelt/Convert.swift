@@ -68,7 +68,7 @@ struct Convert: ParsableCommand {
       )
     }
     try refuse(writing: output, overInputs: [input])
-    var options = writing.options(sideFilesOf: input)
+    var options = writing.options(sideFilesOf: input, resources)
     if output.hasSuffix("/") {
       try ModelFolder.sideFileWarnings(of: input).forEach(note)
       options.files = try configuration()

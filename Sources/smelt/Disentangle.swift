@@ -73,7 +73,7 @@ struct Disentangle: ParsableCommand {
     var isFinished = false
     defer { if isNewFolder, !isFinished { places.removeFolderIfEmpty() } }
 
-    let outputs = try places.create(for: disentangling)
+    let outputs = try places.create(for: disentangling, resources.options)
     let summary = try disentangling.run(
       into: outputs.experts, redundant: outputs.redundant, grams: grams,
       memory: resources.memory.bytes, workers: resources.jobs)
@@ -175,16 +175,18 @@ struct DisentanglementPlaces {
     experts: [any TensorSink], redundant: (any TensorSink)?, all: [any TensorSink]
   )
 
-  func create(for disentangling: Disentangling) throws -> Outputs {
+  func create(for disentangling: Disentangling, _ options: WritingOptions) throws -> Outputs {
     let redundant = try redundant.map {
-      try Checkpoint.create($0, disentangling.redundantManifest)
+      try Checkpoint.create($0, disentangling.redundantManifest, options)
     }
     let extra = redundant.map { [$0] } ?? []
     guard folder == nil else {
-      let sinks = try zip(experts, disentangling.manifests).map { try Checkpoint.create($0, $1) }
+      let sinks = try zip(experts, disentangling.manifests).map {
+        try Checkpoint.create($0, $1, options)
+      }
       return (sinks, redundant, sinks + extra)
     }
-    let joint = try Checkpoint.create(experts[0], disentangling.jointManifest)
+    let joint = try Checkpoint.create(experts[0], disentangling.jointManifest, options)
     return (disentangling.parts(of: joint), redundant, [joint] + extra)
   }
 }

@@ -237,7 +237,8 @@ struct Merge: ParsableCommand {
     guard !isFile else {
       // A file alone says where it comes from in its metadata.
       let metadata = plan.manifest.metadata.merging(["recipe": recipeText]) { own, _ in own }
-      return try Checkpoint.create(output, Manifest(plan.manifest.tensors, metadata: metadata))
+      return try Checkpoint.create(
+        output, Manifest(plan.manifest.tensors, metadata: metadata), resources.options)
     }
     return try ModelFolder.create(
       output, plan.manifest, shardSize: maxShardSize.bytes, sideFilesOf: files.original,

@@ -69,8 +69,9 @@ struct OutputArguments: ParsableArguments {
   }
 
   /// - Parameter original: the model whose side files a folder gets.
-  func options(sideFilesOf original: String?) -> WritingOptions {
-    var options = WritingOptions(layout: layout ?? .flat, compression: compress)
+  func options(sideFilesOf original: String?, _ resources: Resources) -> WritingOptions {
+    var options = resources.options
+    (options.layout, options.compression) = (layout ?? .flat, compress)
     options.checksums = sha256 ? .sha256 : nil
     options.shardSize = maxShardSize?.bytes ?? ModelFolder.defaultShardSize
     options.sideFilesOf = original

@@ -1,4 +1,5 @@
 import ArgumentParser
+import Checkpoints
 import Foundation
 
 /// What a command may use of the machine.
@@ -17,6 +18,15 @@ struct Resources: ParsableArguments {
   func validate() throws {
     guard (1...1024).contains(jobs) else { throw ValidationError("--jobs is 1 to 1024.") }
     guard memory.bytes >= 1 << 20 else { throw ValidationError("--memory must be at least 1MiB.") }
+  }
+}
+
+extension Resources {
+  /// How outputs are written that are packed in their turn.
+  var options: WritingOptions {
+    var options = WritingOptions()
+    (options.memory, options.workers) = (memory.bytes, jobs)
+    return options
   }
 }
 

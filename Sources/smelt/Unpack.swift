@@ -51,7 +51,7 @@ struct Unpack: ParsableCommand {
     try source.proveBase(workers: resources.jobs)
     let affordable = max(1, min(resources.jobs, resources.memory.bytes / source.memoryPerWorker))
     try Checkpoint.write(
-      source, to: output, writing.options(sideFilesOf: nil), workers: affordable
+      source, to: output, writing.options(sideFilesOf: nil, resources), workers: affordable
     ).forEach(note)
     print("\(output): \(summary(of: source.manifest))")
   }

@@ -146,8 +146,10 @@ struct Upscale: ParsableCommand {
     }
     if dryRun { return sayPlan(of: upscaling) }
     try upscaling.survey(memory: resources.memory.bytes, workers: resources.jobs)
-    let mixture = try Checkpoint.create(output, upscaling.manifest)
-    let vectors = try taskVectors.map { try Checkpoint.create($0, upscaling.taskVectorManifest) }
+    let mixture = try Checkpoint.create(output, upscaling.manifest, resources.options)
+    let vectors = try taskVectors.map {
+      try Checkpoint.create($0, upscaling.taskVectorManifest, resources.options)
+    }
     let report = try upscaling.run(
       into: mixture, taskVectors: vectors, memory: resources.memory.bytes, workers: resources.jobs)
     try upscaling.family.checkUnchanged()
@@ -163,7 +165,7 @@ struct Upscale: ParsableCommand {
     }
     try refuse(writing: output, overInputs: family.paths + [activations!])
     if dryRun { return sayPlan(of: sparse) }
-    var options = WritingOptions()
+    var options = resources.options
     if writesFolder {
       options.sideFilesOf = family.base
       options.files = sparse.configuration.map { ["config.json": Array($0.text.utf8)] } ?? [:]

@@ -1,4 +1,5 @@
 import Foundation
+import Synchronization
 import TestSupport
 import Testing
 
@@ -97,6 +98,55 @@ typealias Bundle = Checkpoints.Bundle
       try whole.write(to: URL(filePath: folder(name)))
     }
     #expect(try folder.names.contains { $0.contains("c.safetensors") } == false)
+  }
+
+  /// Its ninth byte, where a safetensors header begins, may be a brace.
+  @Test func `is not taken for a safetensors file`() {
+    let beginning: [UInt8] = [0x28, 0xB5, 0x2F, 0xFD, 0x64, 0x80, 0x80, 0x3D, 0x7B, 0x00]
+    let formats = Checkpoint.formats.filter { $0.recognises(beginning) }
+    #expect(formats.map { $0.name } == ["bundle"])
+    #expect(Safetensors.recognises([2, 0, 0, 0, 0, 0, 0, 0, 0x7B, 0x7D]))
+  }
+
+  /// Its own bytes are read once for each plane; what the second reading finds is compared too.
+  @Test(arguments: [3000, 1_100_000])
+  func `a tensor that changes between two readings is refused`(count: Int) throws {
+    let path = folder("in.safetensors")
+    try writeSafetensors([.weights("w", .bf16, [count], seed: 1)], to: path)
+    let source = try Restless(Safetensors.open(path))
+    let error = try #require(throws: CheckpointError.self) {
+      try Bundle.pack(source, to: folder("b.safetensors.zst"))
+    }
+    #expect(
+      error.description
+        == "\(path): tensor \"w\": changed while it was being read; pack it again")
+    #expect(try folder.names == ["in.safetensors"])
+  }
+
+  /// What cannot be kept as 32-bit floats, or would leave its type's range, is kept exactly.
+  @Test(arguments: [Bundle.Lossy.int8, .int4, .sign1])
+  func `extremes stay exact in a lossy bundle`(lossy: Bundle.Lossy) throws {
+    var generator = SeededGenerator(seed: 3)
+    let tiny = (0..<4096).map { _ in Double(generator.normal(1)) * 1e-50 }
+    let mask = (0..<64 * 64).map { $0 % 64 > $0 / 64 ? -Float.greatestFiniteMagnitude : 0 }
+    let samples = [
+      Sample("tiny", .f64, [64, 64], tiny.withUnsafeBytes { Array($0) }),
+      Sample("mask", .f32, [64, 64], values: mask),
+      .weights("w", .f32, [64, 64], seed: 1),
+    ]
+    let source = try writeSafetensors(samples, to: folder("in.safetensors"))
+    let path = folder("b.safetensors.zst")
+    try Bundle.pack(source, to: path, lossy: lossy)
+    let bundle = try BundleSource(path)
+    try bundle.verify()
+    for sample in samples {
+      let tensor = try bundle.tensor(sample.tensor.name)
+      let isExact = try bundle.bytes(of: tensor) == sample.bytes
+      #expect(isExact == (bundle.error(of: tensor) == nil), "\(sample.tensor.name)")
+      let values = try bundle.error(of: tensor) ?? 0
+      #expect(values < 1 && (sample.tensor.name != "tiny" || isExact))
+    }
+    #expect(try bundle.error(of: bundle.tensor("w")) != nil)
   }
 
   @Test func `takes its tensors in any order as well`() throws {
@@ -588,5 +638,25 @@ typealias Bundle = Checkpoints.Bundle
   ) throws {
     try Checkpoint.write(BundleSource(path, base: base), to: folder("out.safetensors"))
     #expect(try contents(of: folder("out.safetensors")) == contents(of: source.path))
+  }
+}
+
+/// Gives the first byte of its tensors another value at every reading of them.
+private final class Restless: TensorSource {
+  private let source: any TensorSource
+  private let readings = Atomic<UInt8>(0)
+
+  init(_ source: any TensorSource) { self.source = source }
+
+  var path: String { source.path }
+  var manifest: Manifest { source.manifest }
+
+  func read(_ tensor: TensorInfo, at offset: Int, into buffer: inout MutableRawSpan)
+    throws(CheckpointError)
+  {
+    try source.read(tensor, at: offset, into: &buffer)
+    guard offset == 0 else { return }
+    let value = readings.wrappingAdd(1, ordering: .relaxed).newValue
+    buffer.withUnsafeMutableBytes { $0[0] = value }
   }
 }

@@ -27,7 +27,7 @@ final class BlockCoder {
 
   /// - Parameters:
   ///   - width: bytes of the widest elements that will come.
-  ///   - hashes: takes note of tensors' bytes when those of their first streams are read.
+  ///   - hashes: takes note of all that is read.
   init(width: Int, hashes: TensorHashes) {
     self.hashes = hashes
     elements = PinnedBytes(count: width * Codec.blockCount)
@@ -40,9 +40,8 @@ final class BlockCoder {
     3 * width * Codec.blockCount + 3 << 20 + Steps.scratch + (isQuantised ? GroupReader.memory : 0)
   }
 
-  /// Reads what frames `index` of the tensor's streams are made from.
-  /// - Parameter position: the tensor's, if this is for its first stream.
-  func read(_ index: Int, of planned: Packing.Planned, noting position: Int?)
+  /// Reads what frames `index` of the tensor's streams are made from, for `reading` first.
+  func read(_ index: Int, of planned: Packing.Planned, for reading: TensorHashes.Reading)
     throws(CheckpointError)
   {
     let (tensor, codec) = (planned.tensor, planned.choice.codec)
@@ -52,13 +51,11 @@ final class BlockCoder {
     let begin = index * Codec.blockCount
     let count = min(Codec.blockCount, tensor.elementCount - begin)
     let range = begin * width..<(begin + count) * width
-    try read(
-      range, of: tensor, planned.source, into: elements, noting: position.map { .own($0) })
+    try read(range, of: tensor, planned.source, into: elements, for: reading)
     if let candidate = planned.difference?.candidate {
-      let position = candidate.isOutside ? position : nil
-      try read(
-        range, of: candidate.tensor, candidate.source, into: other,
-        noting: position.map { .base($0) })
+      var reading = reading
+      reading.isOther = true
+      try read(range, of: candidate.tensor, candidate.source, into: other, for: reading)
     }
     split = Split(width: width, count: count)
     switch codec {
@@ -98,30 +95,28 @@ final class BlockCoder {
   /// Reads bytes of a tensor, in pieces that are at hand still when they are hashed.
   private func read(
     _ range: Range<Int>, of tensor: TensorInfo, _ source: any TensorSource, into bytes: PinnedBytes,
-    noting key: TensorHashes.Key?
+    for reading: TensorHashes.Reading
   ) throws(CheckpointError) {
-    let size = key == nil ? max(1, range.count) : Packing.hashedPiece
-    for begin in stride(from: 0, to: range.count, by: size) {
-      let piece = bytes.part(begin..<min(begin + size, range.count))
+    for begin in stride(from: 0, to: range.count, by: Packing.hashedPiece) {
+      let piece = bytes.part(begin..<min(begin + Packing.hashedPiece, range.count))
       try source.read(tensor, at: range.lowerBound + begin, into: piece)
-      if let key {
-        try hashes.add(UnsafeRawBufferPointer(piece), of: key, at: range.lowerBound + begin)
-      }
+      try hashes.add(UnsafeRawBufferPointer(piece), of: reading, at: range.lowerBound + begin)
     }
   }
 
   /// What frame `index` of a stream holds: of the block that was read last, unless the stream is
   /// not cut by block.
-  /// - Parameter size: what the frame should hold; another size comes back only if the tensor
-  ///   at `position` has changed.
+  /// - Parameter size: what the frame should hold; another size comes back only if the tensor has
+  ///   changed.
   func stream(
-    _ stream: Int, _ index: Int, of planned: Packing.Planned, at position: Int, _ size: Int
+    _ stream: Int, _ index: Int, of planned: Packing.Planned, for reading: TensorHashes.Reading,
+    _ size: Int
   ) throws(CheckpointError) -> UnsafeRawBufferPointer {
     let codec = planned.choice.codec
     if codec == .raw {
       let begin = index * ZstdFrame.contentSize
       try planned.source.read(planned.tensor, at: begin, into: content.part(0..<size))
-      try hashes.add(content.first(size), of: .own(position), at: begin)
+      try hashes.add(content.first(size), of: reading, at: begin)
       return content.first(size)
     }
     if codec.isQuantised {

@@ -69,7 +69,7 @@ public enum Bundle: CheckpointFormat {
     throws(CheckpointError) -> any TensorSink
   {
     try options.refuseSHA256(in: path, whichRecords: "XXH3")
-    return try StagedSink(path, manifest, synced: options.isSynced)
+    return try StagedSink(path, manifest, options)
   }
 
   @discardableResult
@@ -77,7 +77,8 @@ public enum Bundle: CheckpointFormat {
     _ source: any TensorSource, to path: String, _ options: WritingOptions, workers: Int
   ) throws -> [String] {
     try options.refuseSHA256(in: path, whichRecords: "XXH3")
-    try pack(source, to: path, workers: workers, synced: options.isSynced)
+    try pack(
+      source, to: path, workers: workers, memory: options.memory, synced: options.isSynced)
     return []
   }
 }

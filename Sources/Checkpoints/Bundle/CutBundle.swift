@@ -104,7 +104,7 @@ final class CutBundle {
     guard (1..<8).contains(width) else { return foreign() }
     var content = beginning[start..<start + width].reversed().reduce(0) { $0 << 8 | Int($1) }
     if width == 2 { content += 256 }
-    guard (1...ZstdFrame.contentSize).contains(content) else { return foreign() }
+    guard (0...ZstdFrame.contentSize).contains(content) else { return foreign() }
     var end = place + start + width
     var isLast = false
     var blocks = 0

@@ -5,6 +5,10 @@ final class GroupReader {
   private let codes = PinnedBytes(count: Codec.blockCount)
   private let results = PinnedBytes(count: 4 * Codec.blockCount)
 
+  /// Whether elements of 64 bits of the last tensor were too small for the 32 that all is coded
+  /// from.
+  private(set) var hasUnderflow = false
+
   /// Bytes that the buffers take.
   static let memory = (8 + 4 + 1 + 4) * Codec.blockCount
 
@@ -14,6 +18,7 @@ final class GroupReader {
     of tensor: TensorInfo, _ source: any TensorSource, size: Int, in range: Range<Int>,
     _ body: (_ group: Int, _ values: UnsafeBufferPointer<Float>) throws(CheckpointError) -> Void
   ) throws(CheckpointError) {
+    hasUnderflow = false
     guard !range.isEmpty else { return }
     let width = tensor.dtype.byteWidth
     let last = (range.upperBound - 1) / size
@@ -27,6 +32,12 @@ final class GroupReader {
         start: floats.start.assumingMemoryBound(to: Float.self), count: elements.count)
       var span = values.mutableSpan
       tensor.dtype.decode(RawSpan(_unsafeBytes: UnsafeRawBufferPointer(target)), into: &span)
+      if tensor.dtype == .f64 {
+        let originals = target.bindMemory(to: Double.self)
+        hasUnderflow =
+          hasUnderflow
+          || originals.contains { $0 != 0 && abs($0) < Double(Float.leastNormalMagnitude) }
+      }
       for group in first..<next {
         let begin = (group - first) * size
         try body(

@@ -31,11 +31,13 @@ extension Bundle.Survey {
       let result = groups.lossy(values, codec, scale, tensor.dtype)
       checksum.update(result.bytes)
       for (value, approximation) in zip(values, result.values) {
-        errors += Double(value - approximation) * Double(value - approximation)
+        let error = Double(value) - Double(approximation)
+        errors += error * error
         squares += Double(value) * Double(value)
       }
     }
-    guard isFinite else { return nil }
+    // Rounding up may also leave the type's range.
+    guard isFinite, errors.isFinite, !groups.hasUnderflow else { return nil }
     let modes: [ZstdFrame.Mode] = [codec == .sign1 ? .stored : .literals, .stored]
     return Bundle.Finding(
       checksum: checksum.value, own: Bundle.Choice(codec: codec, modes: modes, cost: 0),
@@ -59,7 +61,7 @@ extension Bundle.Survey {
       }
       count = tensor.elementCount
     }
-    guard elements.allSatisfy({ $0.isFinite }),
+    guard elements.allSatisfy({ $0.isFinite }), !groups.hasUnderflow,
       let (left, right) = try factorisation.factors(elements, columns, rank),
       left.allSatisfy({ $0.isFinite }), right.allSatisfy({ $0.isFinite })
     else { return nil }
@@ -90,10 +92,12 @@ extension Bundle.Survey {
       var span = values.mutableSpan
       tensor.dtype.decode(coded.span.bytes, into: &span)
       for (value, approximation) in zip(elements[block], values) {
-        errors += Double(value - approximation) * Double(value - approximation)
+        let error = Double(value) - Double(approximation)
+        errors += error * error
         squares += Double(value) * Double(value)
       }
     }
+    guard errors.isFinite else { return nil }
     return Bundle.Finding(
       checksum: checksum.value,
       own: Bundle.Choice(codec: .lowrank, modes: [.literals, .literals], cost: 0),

@@ -44,16 +44,6 @@ extension Packing {
     }
     self.tensors = found.withLock { $0 }
   }
-
-  /// Takes over the checksums that were found while coding.
-  mutating func take(_ hashes: TensorHashes) {
-    for index in tensors.indices {
-      if tensors[index].needsOwnHash { tensors[index].finding.checksum = hashes[.own(index)] }
-      if tensors[index].needsBaseHash {
-        tensors[index].difference!.candidate.checksum = hashes[.base(index)]
-      }
-    }
-  }
 }
 
 extension Packing.Planned {
@@ -78,85 +68,100 @@ private struct Sample: Hashable {
   }
 }
 
-/// Hashes tensors while they are coded, and compares them with their recorded checksums.
+/// Hashes tensors while they are coded: finds checksums that are still missing, compares the others.
+///
+/// Tensors are read once for each stream, unless several streams are made from one reading. All
+/// readings have to agree: a file's time of change does not tell of what is written through a
+/// mapping of it.
 ///
 /// A hash grows from a tensor's beginning to its end: a worker that comes with a later piece waits
 /// until those before it have passed. Workers take pieces in order, so that is soon.
 final class TensorHashes: @unchecked Sendable {
-  /// A tensor of the bundle by its position, or the base's that it is a difference from.
-  enum Key: Hashable {
-    case own(Int)
-    case base(Int)
+  /// A reading of a tensor's bytes, for a stream of one of the bundle's.
+  struct Reading: Hashable {
+    /// The position of the one that is coded.
+    let tensor: Int
+    let stream: Int
+    /// Whether the bytes are those of what it is a difference from.
+    var isOther = false
   }
 
-  // Sound: all below is touched only with the monitor's lock held, but for the hash whose next
+  // Sound: what varies is touched only with the monitor's lock held, but for the hash whose next
   // piece one thread has.
+  private let packing: Packing
   private let monitor = Monitor()
-  private var tensors: [Key: (tensor: TensorInfo, source: any TensorSource)] = [:]
-  private var underway: [Key: Hash] = [:]
-  private var checksums: [Key: UInt64] = [:]
+  private var underway: [Reading: Hash] = [:]
+  private var checksums: [Reading: UInt64] = [:]
   private var isClosed = false
 
   private final class Hash {
     let checksum = Checksum()
-    let comparison: ChecksumComparison
+    /// With the recorded checksum, if that has not been done before.
+    let comparison: ChecksumComparison?
     var count = 0
 
-    init(_ tensor: TensorInfo, _ source: any TensorSource) {
-      func compare(_ source: some TensorSource) -> ChecksumComparison {
-        ChecksumComparison([tensor], of: source)
-      }
-      comparison = compare(source)
-    }
+    init(_ comparison: ChecksumComparison?) { self.comparison = comparison }
   }
 
-  /// For the tensors of which no checksum is known.
-  init(of packing: Packing) {
-    for (index, planned) in packing.tensors.enumerated() {
-      if planned.needsOwnHash { tensors[.own(index)] = (planned.tensor, planned.source) }
-      if planned.needsBaseHash, let candidate = planned.difference?.candidate {
-        tensors[.base(index)] = (candidate.tensor, candidate.source)
-      }
-    }
-  }
+  init(of packing: Packing) { self.packing = packing }
 
-  /// The checksum of a tensor of which all pieces have passed.
-  subscript(key: Key) -> UInt64 { checksums[key]! }
-
-  /// Takes note of a tensor's bytes from `offset` on, unless its checksum is known.
+  /// Takes note of a tensor's bytes from `offset` on.
   /// - Throws: at the end of a tensor that does not have its recorded checksum.
-  func add(_ bytes: UnsafeRawBufferPointer, of key: Key, at offset: Int) throws(CheckpointError) {
-    guard let (tensor, source) = tensors[key], let hash = hash(key, at: offset) else { return }
+  func add(_ bytes: UnsafeRawBufferPointer, of reading: Reading, at offset: Int)
+    throws(CheckpointError)
+  {
+    guard let hash = hash(reading, at: offset) else { return }
     hash.checksum.update(bytes)
-    hash.comparison.add(RawSpan(_unsafeBytes: bytes), ofTensorAt: 0, from: offset)
+    hash.comparison?.add(RawSpan(_unsafeBytes: bytes), ofTensorAt: 0, from: offset)
+    let (tensor, source) = subject(of: reading)
     let isComplete = offset + bytes.count == tensor.byteCount
     monitor.lock()
     hash.count += bytes.count
     if isComplete {
-      checksums[key] = hash.checksum.value
-      underway[key] = nil
+      checksums[reading] = hash.checksum.value
+      underway[reading] = nil
     }
     monitor.changed()
     monitor.unlock()
-    if isComplete { try hash.comparison.refuseDamage(in: source.path) }
+    if isComplete { try hash.comparison?.refuseDamage(in: source.path) }
   }
 
   /// Waits until it is this piece's turn.
-  private func hash(_ key: Key, at offset: Int) -> Hash? {
+  private func hash(_ reading: Reading, at offset: Int) -> Hash? {
     monitor.lock()
     defer { monitor.unlock() }
     while !isClosed {
-      if let hash = underway[key] {
+      if let hash = underway[reading] {
         if hash.count == offset { return hash }
       } else if offset == 0 {
-        let (tensor, source) = tensors[key]!
-        let hash = Hash(tensor, source)
-        underway[key] = hash
+        let hash = Hash(comparison(for: reading))
+        underway[reading] = hash
         return hash
       }
       monitor.wait()
     }
     return nil
+  }
+
+  private func comparison(for reading: Reading) -> ChecksumComparison? {
+    let planned = packing.tensors[reading.tensor]
+    guard reading.stream == 0, reading.isOther ? planned.needsBaseHash : planned.needsOwnHash else {
+      return nil
+    }
+    let (tensor, source) = subject(of: reading)
+    func compare(_ source: some TensorSource) -> ChecksumComparison {
+      ChecksumComparison([tensor], of: source)
+    }
+    return compare(source)
+  }
+
+  /// The tensor whose bytes are read, and where it is.
+  private func subject(of reading: Reading) -> (TensorInfo, any TensorSource) {
+    let planned = packing.tensors[reading.tensor]
+    guard reading.isOther, let other = planned.difference?.candidate else {
+      return (planned.tensor, planned.source)
+    }
+    return (other.tensor, other.source)
   }
 
   /// Sends everyone away who waits or comes later; for a worker whose step failed.
@@ -165,5 +170,46 @@ final class TensorHashes: @unchecked Sendable {
     isClosed = true
     monitor.changed()
     monitor.unlock()
+  }
+
+  /// The packing with all its checksums, after all has been coded.
+  /// - Throws: which tensor was not the same at every reading.
+  func settled() throws(CheckpointError) -> Packing {
+    var known = packing
+    for index in known.tensors.indices {
+      let planned = known.tensors[index]
+      if planned.needsOwnHash {
+        known.tensors[index].finding.checksum = checksums[Reading(tensor: index, stream: 0)]
+      }
+      if planned.needsBaseHash {
+        known.tensors[index].difference!.candidate.checksum =
+          checksums[Reading(tensor: index, stream: 0, isOther: true)]
+      }
+    }
+    let order = checksums.sorted { ($0.key.tensor, $0.key.stream) < ($1.key.tensor, $1.key.stream) }
+    for (reading, checksum) in order where checksum != known.checksum(of: reading) {
+      let (tensor, source) = subject(of: reading)
+      throw .changed(tensor, source)
+    }
+    return known
+  }
+}
+
+extension Packing {
+  fileprivate func checksum(of reading: TensorHashes.Reading) -> UInt64? {
+    let planned = tensors[reading.tensor]
+    guard reading.isOther, let other = planned.difference?.candidate else {
+      return planned.finding.checksum
+    }
+    return other.position.map { tensors[$0].finding.checksum } ?? other.checksum
+  }
+}
+
+extension CheckpointError {
+  /// A tensor that is not what it was a moment ago.
+  static func changed(_ tensor: TensorInfo, _ source: any TensorSource) -> CheckpointError {
+    CheckpointError(
+      file: source.path, tensor: tensor.name, "changed while it was being read",
+      remedy: "pack it again")
   }
 }

@@ -48,7 +48,8 @@ extension Packing {
           throw error
         }
       }
-      if hashesWhileCoding { try rewriteHeader(hashes, table, in: file) }
+      let known = try hashes.settled()
+      if hashesWhileCoding { try rewriteHeader(of: known, table, in: file) }
       try file.write(table.ending.span.bytes, at: table.end)
     } catch let error as CheckpointError where error.file == pending.temporaryPath {
       throw CheckpointError(
@@ -96,16 +97,15 @@ extension Packing {
   }
 
   /// Writes the header again, now that the checksums in it are known.
-  private func rewriteHeader(_ hashes: TensorHashes, _ table: GrowingTable, in file: borrowing File)
+  private func rewriteHeader(of known: Packing, _ table: GrowingTable, in file: borrowing File)
     throws
   {
-    var known = self
-    known.take(hashes)
+    var known = known
     try known.layOut()
     guard case .bytes(let header) = known.streams[0].content,
       known.streams[0].sizes == streams[0].sizes
     else { preconditionFailure("a checksum has as many digits as any other") }
-    let maker = FrameMaker(width: widest, hashes: hashes)
+    let maker = FrameMaker(width: 1, hashes: TensorHashes(of: self))
     for (step, size) in streams[0].sizes.enumerated() {
       let frame = Frame()
       let begin = step * ZstdFrame.contentSize
@@ -134,15 +134,10 @@ extension Packing {
       maker.encode(UnsafeRawBufferPointer(content), stream.mode, into: frame)
     case .coded(let position, let number):
       let planned = tensors[position]
-      if isFirst {
-        try maker.coder.read(place, of: planned, noting: number == 0 ? position : nil)
-      }
-      let content = try maker.coder.stream(number, place, of: planned, at: position, size)
-      guard content.count == size else {
-        throw CheckpointError(
-          file: planned.source.path, tensor: planned.tensor.name,
-          "changed while it was being read", remedy: "pack it again")
-      }
+      let reading = TensorHashes.Reading(tensor: position, stream: number)
+      if isFirst { try maker.coder.read(place, of: planned, for: reading) }
+      let content = try maker.coder.stream(number, place, of: planned, for: reading, size)
+      guard content.count == size else { throw .changed(planned.tensor, planned.source) }
       maker.encode(content, stream.mode, into: frame)
     }
     return frame

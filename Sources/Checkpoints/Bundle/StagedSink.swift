@@ -8,17 +8,20 @@ final class StagedSink: TensorSink {
   private let pending: PendingFile
   private let stage: any TensorSink
   private let stagePath: String
+  /// For the packing.
+  private let (memory, workers): (Int, Int)
   private let isComplete = Atomic(false)
 
   init(
-    _ path: String, _ manifest: Manifest, synced isSynced: Bool
+    _ path: String, _ manifest: Manifest, _ options: WritingOptions
   ) throws(CheckpointError) {
     self.manifest = manifest
-    pending = try PendingFile(for: path, synced: isSynced)
+    (memory, workers) = (options.memory, options.workers)
+    pending = try PendingFile(for: path, synced: options.isSynced)
     stagePath = pending.temporaryPath + ".staged"
-    var options = WritingOptions()
-    options.isSynced = isSynced
-    do { stage = try Safetensors.create(stagePath, manifest, options) } catch {
+    var plain = WritingOptions()
+    plain.isSynced = options.isSynced
+    do { stage = try Safetensors.create(stagePath, manifest, plain) } catch {
       throw error.moved(to: path)
     }
   }
@@ -35,7 +38,8 @@ final class StagedSink: TensorSink {
     do {
       try stage.finish()
       try Bundle.pack(
-        try Safetensors.open(stagePath), to: pending.temporaryPath, synced: pending.isSynced)
+        try Safetensors.open(stagePath), to: pending.temporaryPath, workers: workers,
+        memory: memory, synced: pending.isSynced)
     } catch let error as CheckpointError {
       throw error.moved(to: pending.destination)
     } catch {

@@ -11,7 +11,10 @@ public enum Safetensors: CheckpointFormat {
 
   /// safetensors has no magic number: see `Checkpoint.open`.
   public static func recognises(_ beginning: [UInt8]) -> Bool {
-    beginning.count > 8 && beginning[8] == UInt8(ascii: "{")
+    guard beginning.count > 8, beginning[8] == UInt8(ascii: "{") else { return false }
+    // What has a magic number may have this byte too; taken as a length, the number is too large.
+    let length = beginning[..<8].reversed().reduce(UInt64(0)) { $0 << 8 | UInt64($1) }
+    return length <= UInt64(largestHeader)
   }
 
   public static func open(_ path: String) throws(CheckpointError) -> any TensorSource {
