@@ -48,7 +48,7 @@ struct Verify: ParsableCommand {
     for tensor in verification.damaged {
       print("data: tensor \(quoted(tensor.name)) is not what was written: its checksum differs")
     }
-    if !verification.damaged.isEmpty {
+    if verification.damaged.contains(where: { source.recordedChecksum(of: $0) != nil }) {
       print(
         "a file that was changed on purpose has to be saved without \"checksums\" in its metadata")
     }
@@ -60,8 +60,9 @@ struct Verify: ParsableCommand {
         + "\(source.manifest.tensors.count) tensors have the checksum they were written with")
     if !verification.unrecorded.isEmpty {
       print(
-        "not checked: \(verification.unrecorded.count) tensors have no recorded checksum; "
-          + "their data can be read")
+        "not checked: \(verification.unrecorded.count) tensors have no recorded checksum"
+          + (verification.foreignChecksums.isEmpty ? "" : " of their own")
+          + "; their data can be read")
     }
     return verification.isSound
   }

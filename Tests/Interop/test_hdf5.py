@@ -14,7 +14,7 @@ import h5py
 import hdf5plugin
 import ml_dtypes
 import numpy as np
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 SMELT = os.environ["SMELT"]
 
@@ -166,6 +166,34 @@ class Written(Folder):
         tensors = load_file(self.folder / "b.safetensors")
         self.assertEqual(len(tensors), 9)
         np.testing.assert_array_equal(tensors["new"], [[0, 1, 2], [3, 4, 5]])
+
+    def test_checksums_are_of_what_they_describe(self):
+        plain = self.folder / "plain.safetensors"
+        save_file({name: np.arange(2, dtype=np.float32) for name in "pqr"}, plain)
+
+        def replace(file, value):
+            del file["p"]
+            file["p"] = value
+
+        edits = {
+            "removed": lambda file: file.__delitem__("r"),
+            "renamed": lambda file: file.move("p", "z"),
+            "retyped": lambda file: replace(file, np.arange(2, dtype=np.float32).view(np.int32)),
+            "reshaped": lambda file: replace(file, np.arange(2, dtype=np.float32).reshape(2, 1)),
+        }
+        for (kind, edit), way in itertools.product(edits.items(), WAYS):
+            path = self.folder / "edited.h5"
+            result = smelt("convert", plain, path, *way)
+            self.assertEqual(result.returncode, 0, result.stderr)
+            self.assertEqual(smelt("verify", path, "--data").returncode, 0)
+            with h5py.File(path, "r+") as file:
+                edit(file)
+            check = smelt("verify", path, "--data")
+            self.assertEqual(check.returncode, 1, (kind, way))
+            self.assertIn("are not those that its checksums were recorded for", check.stdout)
+            result = smelt("convert", path, self.folder / "out.safetensors")
+            self.assertEqual(result.returncode, 0, result.stderr)
+            self.assertIn("its recorded checksums are of tensors of other names", result.stderr)
 
 
 class Foreign(Folder):

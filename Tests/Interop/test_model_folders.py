@@ -165,6 +165,19 @@ class ModelFolders(unittest.TestCase):
             self.assertEqual(
                 (self.out / f"from-{name}" / "model.safetensors").read_bytes(), original, name)
 
+    def test_a_replaced_folder_and_its_files_keep_their_permissions(self):
+        source, _ = self.make("llama", llama(), {"config.json": "{}", "extra.json": "{}"})
+        target = self.out / "target"
+        subprocess.run([SMELT, "convert", str(source), f"{target}/"], check=True, capture_output=True)
+        (target / "model.safetensors").chmod(0o600)
+        (target / "config.json").chmod(0o640)
+        (target / "extra.json").unlink()
+        target.chmod(0o2750)
+        subprocess.run([SMELT, "convert", str(source), f"{target}/", "--force"], check=True, capture_output=True)
+        modes = {name: (target / name).stat().st_mode & 0o7777 for name in ("model.safetensors", "config.json", ".")}
+        self.assertEqual(modes, {"model.safetensors": 0o600, "config.json": 0o640, ".": 0o2750})
+        self.assertTrue((target / "extra.json").stat().st_mode & 0o200)
+
     def test_sizes_are_what_the_shapes_say(self):
         _, state = self.make("bert", bert(), {"config.json": "{}"})
         path = self.out / "bert"

@@ -184,10 +184,12 @@ extension File {
   }
 }
 
-/// Who may read, write and enter what has this path, if anything has.
+/// Who may read, write and enter what has this path, if anything has; of a folder also whose group
+/// new files get and who may remove them.
 func permissions(of path: String) -> mode_t? {
   var status = stat()
-  return stat(path, &status) == 0 ? status.st_mode & 0o777 : nil
+  guard stat(path, &status) == 0 else { return nil }
+  return status.st_mode & (status.st_mode & S_IFMT == S_IFDIR ? 0o3777 : 0o777)
 }
 
 /// Where temporary files go that belong to no output.

@@ -49,8 +49,22 @@ final class PendingFolder: Sendable {
     if isSynced {
       do { try syncFolder(temporaryPath) } catch { throw error.moved(to: destination) }
     }
-    try name.putInPlace(
-      replacingFolder: isReplacing && isFolder(destination), synced: isSynced)
+    let isReplacing = isReplacing && isFolder(destination)
+    if isReplacing { try keepPermissions(in: temporaryPath, of: destination) }
+    try name.putInPlace(replacingFolder: isReplacing, synced: isSynced)
+  }
+
+  /// Gives what is in a folder the permissions of what has the same name in another.
+  private func keepPermissions(in folder: String, of other: String) throws(CheckpointError) {
+    for name in try listFolder(folder) {
+      let (path, before) = ("\(folder)/\(name)", "\(other)/\(name)")
+      guard !isLink(before), let mode = permissions(of: before) else { continue }
+      if isFolder(path) { try keepPermissions(in: path, of: before) }
+      guard isFolder(path) == isFolder(before) else { continue }
+      guard chmod(path, mode) == 0 else {
+        throw .system(destination, "cannot get the permissions of what it replaces")
+      }
+    }
   }
 }
 

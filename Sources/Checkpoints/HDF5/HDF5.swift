@@ -52,7 +52,7 @@ public enum HDF5: CheckpointFormat {
     if let offsets = contents.offsets {
       return FlatSource(
         file, contents.manifest, offsets: offsets, checksums: contents.checksums,
-        warnings: contents.warnings)
+        hasForeignChecksums: contents.hasForeignChecksums, warnings: contents.warnings)
     }
     return try HDF5Source(path, contents)
   }

@@ -11,6 +11,9 @@ extension HDF5 {
     let places: [Place]
     /// The checksums of the manifest's tensors, if the file has them.
     let checksums: TensorChecksums?
+    /// Whether it has checksums, but of other tensors.
+    var hasForeignChecksums: Bool { recordsChecksums && checksums == nil }
+    private let recordsChecksums: Bool
     /// What was left out of the file.
     let warnings: [String]
   }
@@ -49,6 +52,7 @@ extension HDF5.Contents {
         tensors.append((tensor, try dataset.prove(tensor, fileSize: file.size)))
       } catch { throw error.of(dataset.path).error(file: path) }
     }
+    recordsChecksums = inventory.checksums?.isKnown ?? false
     let metadata = inventory.metadata ?? [:]
     let original = try inventory.header.flatMap { (range) throws(CheckpointError) in
       try Self.header(at: range, of: file, tensors.map { $0.tensor }, metadata)

@@ -182,10 +182,14 @@ private struct HDF5Reader: ~Copyable {
     inventory.header = try bytes(HDF5.headerDataset, in: group) { (_) throws(HDF5Failure) in }?
       .range
     let rows = try bytes(HDF5.checksumsDataset, in: group) { (dataset) throws(HDF5Failure) in
-      try attributes.text(HDF5.algorithmAttribute, of: dataset)
+      (
+        algorithm: try attributes.text(HDF5.algorithmAttribute, of: dataset),
+        described: try attributes.text(HDF5.describedAttribute, of: dataset)
+      )
     }
-    if let rows, let algorithm = rows.answer {
-      inventory.checksums = HDF5.ChecksumRows(algorithm: algorithm, range: rows.range)
+    if let rows, let algorithm = rows.answer.algorithm {
+      inventory.checksums = HDF5.ChecksumRows(
+        algorithm: algorithm, described: rows.answer.described ?? "", range: rows.range)
     }
   }
 

@@ -17,6 +17,7 @@ enum HDF5Message {
       encoder.put(inventory.header) { $0.put($1) }
       encoder.put(inventory.checksums) {
         $0.put($1.algorithm)
+        $0.put($1.described)
         $0.put($1.range)
       }
       encoder.put(inventory.leftOut) {
@@ -53,7 +54,9 @@ enum HDF5Message {
           try decoder.range()
         }
         inventory.checksums = try decoder.optional { decoder throws(Malformed) in
-          HDF5.ChecksumRows(algorithm: try decoder.string(), range: try decoder.range())
+          HDF5.ChecksumRows(
+            algorithm: try decoder.string(), described: try decoder.string(),
+            range: try decoder.range())
         }
         inventory.leftOut = try decoder.list { decoder throws(Malformed) in
           .init(path: try decoder.string(), content: try decoder.string())

@@ -18,7 +18,11 @@ final class HDF5Source: TensorSource {
   }
 
   var manifest: Manifest { contents.manifest }
-  var warnings: [String] { contents.warnings }
+  var foreignChecksums: [String] { contents.hasForeignChecksums ? [path] : [] }
+
+  var warnings: [String] {
+    contents.warnings + foreignChecksums.map { warning(ofForeignChecksumsIn: $0) }
+  }
 
   func checkUnchanged() throws(CheckpointError) { try file.checkUnchanged(since: stamp) }
 

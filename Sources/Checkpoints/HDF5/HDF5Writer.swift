@@ -78,10 +78,13 @@ struct HDF5Writer: ~Copyable {
     let path = "\(HDF5.metadataGroup)/\(HDF5.checksumsDataset)"
     let shape = [manifest.tensors.count, checksums.width]
     let dataset = try makeDataset(path, .u8, shape, contiguous)
+    let described = manifest.described(by: checksums).description
     try attributes.write(checksums.rawValue, as: HDF5.algorithmAttribute, to: dataset)
+    try attributes.write(described, as: HDF5.describedAttribute, to: dataset)
     let begin = try offset(of: dataset)
     return HDF5.ChecksumRows(
-      algorithm: checksums.rawValue, range: begin..<begin + shape[0] * shape[1])
+      algorithm: checksums.rawValue, described: described,
+      range: begin..<begin + shape[0] * shape[1])
   }
 
   /// Where the bytes of a contiguous dataset belong.

@@ -125,6 +125,11 @@ extension Manifest {
     }
   }
 
+  /// The checksum of what describes the tensors: see `ChecksumText`.
+  func described(by algorithm: TensorChecksum.Algorithm) -> TensorChecksum {
+    TensorChecksum(algorithm, of: descriptions(in: positionsByName))
+  }
+
   /// What describes the tensors, for a checksum: see `ChecksumText`.
   fileprivate func descriptions(in order: [Int]) -> [UInt8] {
     var text: [UInt8] = []
