@@ -212,7 +212,7 @@ struct IdentityCommandTests {
         """
         data: the names, types or shapes in \(path) are not those that its checksums were recorded for: its header is damaged, or another program saved it with other tensors and has to save it without "checksums" in its metadata
         data: 0 of 2 tensors have the checksum they were written with
-        not checked: 2 tensors have no recorded checksum; their data can be read
+        not checked: 2 tensors have no recorded checksum of their own; their data can be read
 
         """))
     let converted = try smelt("convert", path, folder("copy.h5"))
