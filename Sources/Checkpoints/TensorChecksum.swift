@@ -77,13 +77,9 @@ public struct TensorChecksums: Equatable, Sendable {
 
   /// Each at the position that its row has in this order: what `rows(in:)` was made of.
   func positioned(by order: [Int]) -> TensorChecksums {
-    var positioned = bytes
-    for (row, position) in order.enumerated() {
-      for byte in 0..<algorithm.width {
-        positioned[position * algorithm.width + byte] = bytes[row * algorithm.width + byte]
-      }
-    }
-    return TensorChecksums(algorithm, bytes: positioned)!
+    var ranks = order
+    for (row, position) in order.enumerated() { ranks[position] = row }
+    return rows(in: ranks)
   }
 }
 

@@ -32,10 +32,11 @@ extension HDF5.ChecksumRows {
   func read(for manifest: Manifest, from path: String) throws(CheckpointError) -> TensorChecksums? {
     guard let algorithm = TensorChecksum.Algorithm(rawValue: algorithm),
       range.count == manifest.tensors.count * algorithm.width,
-      described == manifest.described(by: algorithm).description,
       range.upperBound <= (try fileSize(path))
     else { return nil }
+    let order = manifest.positionsByName
+    guard described == manifest.described(by: algorithm, in: order).description else { return nil }
     let rows = try File(reading: path).bytes(at: range.lowerBound, count: range.count)
-    return TensorChecksums(algorithm, bytes: rows)?.positioned(by: manifest.positionsByName)
+    return TensorChecksums(algorithm, bytes: rows)?.positioned(by: order)
   }
 }

@@ -78,7 +78,7 @@ struct HDF5Writer: ~Copyable {
     let path = "\(HDF5.metadataGroup)/\(HDF5.checksumsDataset)"
     let shape = [manifest.tensors.count, checksums.width]
     let dataset = try makeDataset(path, .u8, shape, contiguous)
-    let described = manifest.described(by: checksums).description
+    let described = manifest.described(by: checksums, in: manifest.positionsByName).description
     try attributes.write(checksums.rawValue, as: HDF5.algorithmAttribute, to: dataset)
     try attributes.write(described, as: HDF5.describedAttribute, to: dataset)
     let begin = try offset(of: dataset)

@@ -39,8 +39,7 @@ struct ChecksumText: Sendable {
     self.offset = offset
     let order = manifest.positionsByName
     values =
-      TensorChecksum(algorithm, of: manifest.descriptions(in: order)).bytes
-      + checksums.rows(in: order).bytes
+      manifest.described(by: algorithm, in: order).bytes + checksums.rows(in: order).bytes
   }
 
   /// - Parameter text: the characters between the quotes, of which none is escaped.
@@ -85,7 +84,7 @@ struct ChecksumText: Sendable {
     let width = algorithm.width
     guard values.count == (manifest.tensors.count + 1) * width else { return nil }
     let order = manifest.positionsByName
-    let described = TensorChecksum(algorithm, of: manifest.descriptions(in: order))
+    let described = manifest.described(by: algorithm, in: order)
     guard described.bytes.elementsEqual(values[..<width]) else { return nil }
     return TensorChecksums(algorithm, bytes: Array(values[width...]))!.positioned(by: order)
   }
@@ -125,13 +124,12 @@ extension Manifest {
     }
   }
 
-  /// The checksum of what describes the tensors: see `ChecksumText`.
-  func described(by algorithm: TensorChecksum.Algorithm) -> TensorChecksum {
-    TensorChecksum(algorithm, of: descriptions(in: positionsByName))
+  /// The checksum of what describes the tensors, in this order: see `ChecksumText`.
+  func described(by algorithm: TensorChecksum.Algorithm, in order: [Int]) -> TensorChecksum {
+    TensorChecksum(algorithm, of: descriptions(in: order))
   }
 
-  /// What describes the tensors, for a checksum: see `ChecksumText`.
-  fileprivate func descriptions(in order: [Int]) -> [UInt8] {
+  private func descriptions(in order: [Int]) -> [UInt8] {
     var text: [UInt8] = []
     func append(_ number: Int) {
       let start = text.count
